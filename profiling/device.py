@@ -1,0 +1,75 @@
+"""Who this device is: the one place that asks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import platform
+import re
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device as dispatch, tuner and report need to know it."""
+
+    kind: str  # torch device type: "cuda" or "cpu"
+    index: int
+    name: str  # product name as the driver or the kernel gives it
+    arch: str  # "sm_90"; for a CPU its machine type, such as "x86_64"
+    units: int  # multiprocessors, or cores this process may run on
+    shared_memory: int  # bytes of shared memory a block may use; 0 on a CPU
+    l2_bytes: int  # last shared cache, 0 where unknown
+    memory_bytes: int
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder: letters, digits and dashes."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device(self.kind, self.index) if self.kind != "cpu" else torch.device("cpu")
+
+
+def describe(device: torch.device | str) -> Device:
+    """Describe a torch device; the current one of its kind where no index is given."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _describe_cuda(torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == "cpu":
+        return _describe_cpu()
+    return Device(device.type, device.index or 0, device.type, device.type, 1, 0, 0, 0)
+
+
+@functools.cache
+def _describe_cuda(index: int) -> Device:
+    p = torch.cuda.get_device_properties(index)
+    return Device(
+        kind="cuda",
+        index=index,
+        name=p.name,
+        arch=f"sm_{p.major}{p.minor}",
+        units=p.multi_processor_count,
+        shared_memory=getattr(p, "shared_memory_per_block_optin", 48 * 1024),
+        l2_bytes=getattr(p, "L2_cache_size", 0),
+        memory_bytes=p.total_memory,
+    )
+
+
+@functools.cache
+def _describe_cpu() -> Device:
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        memory = 0
+    return Device("cpu", 0, name, platform.machine(), cores, 0, 0, memory)
