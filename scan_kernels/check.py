@@ -1,0 +1,247 @@
+"""The gate: every backend against the float64 reference. No speed is reported on a red gate.
+
+A result is accepted if its error is at most twice that of the plain PyTorch implementation in the same dtype, both
+measured against float64, for the tensor as a whole and for each of its rows (all axes but the last: a (batch,
+channel) row of out, a channel's row of dA). A floor of 1e-6 of the norm stands in where plain is right to the last
+bit by luck. Outputs and scratch memory start as NaN. Where the reference is not finite, nothing is asked; where it
+is, the result must be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .op import BackendUnavailable, Op
+from .profiling.device import describe
+
+FACTOR = 2.0
+FLOOR = 1e-6
+OPS = ("selective_scan",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor of one case on one backend."""
+
+    op: str
+    backend: str
+    case: str
+    tensor: str
+    error: float  # ‖x - reference‖ / ‖reference‖
+    allowance: float
+    worst_row: float  # largest share of its allowance that a row used
+    ok: bool
+    reason: str = ""
+
+
+def find_op(name: str) -> Op:
+    """The op of that name; ValueError listing the known ones."""
+    if name not in OPS:
+        raise ValueError(f"--op: expected one of {', '.join(OPS)}, got {name!r}")
+    return importlib.import_module(f"scan_kernels.{name}").OP
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every torch.empty with NaN, so that what a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _norms(x: np.ndarray, finite: np.ndarray) -> tuple[float, np.ndarray]:
+    """Norm of the finite part: of the tensor, and of each row."""
+    rows = np.sqrt((np.where(finite, x, 0.0) ** 2).reshape(-1, x.shape[-1]).sum(-1))
+    return float(np.sqrt((rows**2).sum())), rows
+
+
+def compare(exact: np.ndarray, plain: np.ndarray, got: np.ndarray) -> tuple[float, float, float, bool]:
+    """(error, allowance, worst row's share of its allowance, accepted) of ``got`` against ``exact``."""
+    if exact.size == 0:
+        return 0.0, FLOOR, 0.0, got.shape == exact.shape
+    if exact.ndim == 0 or got.shape != exact.shape:
+        return np.inf, FLOOR, np.inf, False
+    finite = np.isfinite(exact)
+    with np.errstate(all="ignore"):
+        # where plain PyTorch overflows its dtype, the candidate may too
+        finite &= np.isfinite(plain)
+        lost = bool((finite & ~np.isfinite(got)).any())
+        error, error_rows = _norms(got - exact, finite & np.isfinite(got))
+        yardstick, yardstick_rows = _norms(plain - exact, finite)
+        norm, norm_rows = _norms(exact, finite)
+        typical = norm / np.sqrt(len(norm_rows))
+        allowed = FACTOR * yardstick + FLOOR * norm
+        allowed_rows = FACTOR * yardstick_rows + FLOOR * np.maximum(norm_rows, typical)
+        share = np.max(error_rows / np.maximum(allowed_rows, np.finfo(np.float64).tiny))
+    scale = norm or 1.0
+    ok = not lost and error <= allowed and share <= 1.0
+    return (np.inf if lost else error / scale), allowed / scale, float(share), bool(ok)
+
+
+def run_case(
+    op: Op, case: Any, device: torch.device | str, backend: str, config: Any = None, seed: int | None = None
+) -> list[Row]:
+    """Run one case on one backend and judge every output and gradient. A backend that cannot run gives no rows."""
+    device = torch.device(device)
+    cases = op.cases
+    for direction in ("forward", "backward"):
+        problem = case.problem(direction, device.type, training=True)
+        if op.reasons(problem).get(backend, "no such backend") is not None:
+            return []
+    tensors = case.make(device, seed)
+    exact, plain = judged(op, tensors)
+    try:
+        with poisoned():
+            got = cases.candidate(tensors, backend, config)
+    except BackendUnavailable:
+        return []
+    except Exception as e:
+        return [Row(op.name, backend, case.name, "", np.inf, 0.0, np.inf, False, f"{type(e).__name__}: {e}")]
+    return [_row(op, backend, case, name, exact, plain, got) for name in exact]
+
+
+def judged(op: Op, tensors: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The float64 results and those of plain PyTorch for the same tensors."""
+    plain = {k: v.double().cpu().numpy() for k, v in op.cases.baseline(tensors).items()}
+    return op.cases.judge(tensors), plain
+
+
+def _row(op, backend, case, name, exact, plain, got) -> Row:
+    error, allowance, share, ok = compare(exact[name], plain[name], got[name].double().cpu().numpy())
+    return Row(op.name, backend, case.name, name, error, allowance, share, ok)
+
+
+def source_hash(op: Op) -> str:
+    """Hash of everything that decides what the op's kernels compute."""
+    folder = Path(importlib.import_module(f"{op.package}.backends").__path__[0])
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".py", ".cu", ".cuh")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("scan-kernels", "torch", "triton", "numpy", "numba", "cupy-cuda12x", "cupy-cuda13x"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def run(
+    ops: list[str], backends: list[str] | None, device: torch.device, tags: tuple[str, ...], progress: Any = None
+) -> tuple[list[Row], dict[str, dict[str, str]]]:
+    """Run every case with one of the tags on every backend. Returns the rows, and skipped[op][backend] = reason."""
+    rows: list[Row] = []
+    skipped: dict[str, dict[str, str]] = {}
+    for name in ops:
+        op = find_op(name)
+        cases = [c for c in op.cases.CASES if set(c.tags) & set(tags)]
+        for backend in backends or list(op.backends):
+            reasons = {c.name: op.reasons(c.problem("forward", device.type)).get(backend, "no such backend") for c in cases}
+            if all(reasons.values()):
+                skipped.setdefault(name, {})[backend] = next(iter(reasons.values())) or ""
+                continue
+            for case in cases:
+                rows += run_case(op, case, device, backend)
+                if progress is not None:
+                    progress(f"{name} {backend} {case.name}")
+    return rows, skipped
+
+
+def main(
+    ops: list[str] | None = None,
+    backends: list[str] | None = None,
+    device: str | None = None,
+    record: bool = False,
+    folder: str | Path = "bench_reports",
+) -> int:
+    """The verb ``check``: run, print, optionally record. Returns the exit code: 1 on any failure or nothing run."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    console = Console()
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tags = ("ci", "gpu") if where.type == "cuda" else ("ci",)
+    names = list(ops or OPS)
+    with Progress(console=console, transient=True) as bar:
+        total = sum(
+            len([c for c in find_op(n).cases.CASES if set(c.tags) & set(tags)]) * len(backends or find_op(n).backends)
+            for n in names
+        )
+        task = bar.add_task("check", total=total)
+        rows, skipped = run(names, backends, where, tags, lambda text: bar.update(task, advance=1, description=text))
+    table = Table("op", "backend", "case", "worst tensor", "error", "allowance", "worst row", "")
+    grouped: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        grouped.setdefault((row.op, row.backend, row.case), []).append(row)
+    for (name, backend, case), group in grouped.items():
+        worst = max(group, key=lambda r: (not r.ok, r.worst_row))
+        verdict = "[green]pass" if worst.ok else "[red]FAIL"
+        table.add_row(
+            name, backend, case, worst.tensor, f"{worst.error:.1e}", f"{worst.allowance:.1e}",
+            f"{worst.worst_row:.2f}", verdict + (f" {worst.reason}" if worst.reason else ""),
+        )  # fmt: skip
+    console.print(table)
+    for name, reasons in skipped.items():
+        for backend, reason in reasons.items():
+            console.print(f"{name}: {backend} skipped: {reason}", highlight=False)
+    failed = sum(not all(r.ok for r in group) for group in grouped.values())
+    console.print(f"{len(grouped) - failed} passed, {failed} failed on {describe(where).name}", highlight=False)
+    if record:
+        path = write_record(rows, skipped, names, where, Path(folder))
+        console.print(f"recorded in {path}", highlight=False)
+    return 1 if failed or not grouped else 0
+
+
+def write_record(rows: list[Row], skipped: dict, ops: list[str], where: torch.device, folder: Path) -> Path:
+    """bench_reports/<device>/check.json: device, versions, hash of the kernel sources, every row."""
+    device = describe(where)
+    target = folder / device.slug / "check.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "device": dataclasses.asdict(device) | {"memory_bytes": device.memory_bytes},
+        "versions": versions(),
+        "sources": {name: source_hash(find_op(name)) for name in ops},
+        "skipped": skipped,
+        "passed": sum(r.ok for r in rows),
+        "failed": sum(not r.ok for r in rows),
+        "rows": [dataclasses.asdict(r) for r in rows],
+    }
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as f:
+        lines = ",\n".join(json.dumps(_plain_numbers(r)) for r in content.pop("rows"))
+        head = json.dumps(content, indent=1)
+        f.write(head[:-2] + ',\n "rows": [\n' + lines + "\n]}\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, target)
+    return target
+
+
+def _plain_numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity; four digits tell an error."""
+    return {
+        k: (float(f"{v:.4g}") if np.isfinite(v) else str(v)) if isinstance(v, float) else v for k, v in row.items()
+    }

@@ -1,0 +1,293 @@
+"""Named selective-scan problems that tests, check, tuner and report all read, and how each is run and judged.
+
+Tags: ``ci`` small, for every machine; ``gpu`` larger, for a GPU; ``bench-gpu``, ``bench-cpu`` what speed is reported
+on; ``tune-gpu``, ``tune-cpu`` what ``tune`` tunes by default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference as float64
+from . import selective_scan
+from .problem import Problem, default_checkpoint
+
+Tensors = dict[str, Any]
+ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem with a name, and how its tensors are drawn."""
+
+    name: str
+    batch: int = 2
+    dim: int = 12
+    length: int = 67
+    state: int = 16
+    groups: int = 1
+    dtype: str = "float32"
+    layout: str = "length"
+    constant_B: bool = False
+    constant_C: bool = False
+    D: bool = True
+    z: bool = True
+    bias: bool = True
+    softplus: bool = True
+    initial_state: bool = False
+    lengths: tuple[int, ...] = ()  # packed sequences; length is then their sum and batch 1
+    offset: int = 0  # elements by which u, delta, z, B, C are shifted off their allocation's start
+    special: str = ""  # "", or how the values are made hard: see ``make``
+    tags: tuple[str, ...] = ("ci",)
+
+    def problem(self, direction: str = "forward", device: str = "cpu", training: bool = False) -> Problem:
+        """The Problem this case poses; training: the state is kept for a backward."""
+        return Problem(
+            direction=direction, batch=1 if self.lengths else self.batch, dim=self.dim,
+            length=sum(self.lengths) or self.length, state=self.state, groups=self.groups, dtype=self.dtype,
+            layout=self.layout, device=device, sequences=len(self.lengths), constant_B=self.constant_B,
+            constant_C=self.constant_C, has_D=self.D, has_z=self.z, has_bias=self.bias, softplus=self.softplus,
+            has_initial_state=self.initial_state,
+            checkpoint=default_checkpoint(self.state) if training or direction == "backward" else 0,
+        )  # fmt: skip
+
+    def make(self, device: torch.device | str = "cpu", seed: int | None = None) -> Tensors:
+        """Fresh random arguments of ``selective_scan`` by name, with ``dout`` and ``dlast_state``.
+
+        Values are those of a Mamba layer at initialisation: A = -(1 .. N) with noise, Δ between 0.001 and 0.1.
+        """
+        device = torch.device(device)
+        generator = torch.Generator(device)
+        generator.manual_seed(torch.seed() % 2**63 if seed is None else seed)
+        dtype = getattr(torch, self.dtype)
+        batch, dim, length, state = 1 if self.lengths else self.batch, self.dim, sum(self.lengths) or self.length, self.state
+        rows = len(self.lengths) or batch
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, device=device)
+
+        def uniform(low, high, *shape):
+            return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+
+        def stored(t: Tensor) -> Tensor:
+            """t in the case's dtype, its storage shifted by ``offset`` elements."""
+            if not self.offset:
+                return t.to(dtype)
+            room = torch.empty(t.numel() + self.offset, dtype=dtype, device=device)
+            return room[self.offset :].view(t.shape).copy_(t)
+
+        def sequence(t: Tensor) -> Tensor:
+            """(batch, dim, length) in the case's layout."""
+            return stored(t) if self.layout == "length" else stored(t.transpose(1, 2).contiguous()).transpose(1, 2)
+
+        dt = torch.exp(uniform(np.log(1e-3), np.log(0.1), dim, 1))
+        raw = torch.log(torch.expm1(dt)) if self.softplus else dt
+        A = -torch.arange(1, state + 1, device=device).float().expand(dim, state) * (1 + 0.1 * normal(dim, state))
+        delta = 0.5 * normal(batch, dim, length) if self.softplus else dt * uniform(0, 1, batch, dim, length)
+        if not self.bias:
+            delta = delta + raw
+        u, z = normal(batch, dim, length), normal(batch, dim, length)
+        B, C = (
+            normal(dim, state) if constant else normal(batch, self.groups, state, length)
+            for constant in (self.constant_B, self.constant_C)
+        )
+        if self.special == "zero_A":
+            A = torch.zeros_like(A)
+        elif self.special == "growing":
+            A = -A / state
+        elif self.special == "underflow":
+            A = A * 1e4
+        elif self.special == "extreme_delta":
+            delta = uniform(-90, 60, batch, dim, length)
+        elif self.special == "nan_u":
+            u[-1, dim // 2, length // 2] = torch.nan
+        elif self.special == "inf_delta":
+            delta[0, 1, length // 3] = torch.inf
+        elif self.special == "nan_B":
+            B[-1, 0, state // 2, length // 2] = torch.nan
+        elif self.special == "inf_z":
+            z[0, 0, length // 2] = torch.inf
+        tensors = {
+            "u": sequence(u), "delta": sequence(delta), "A": A.contiguous(),
+            "B": B if self.constant_B else stored(B), "C": C if self.constant_C else stored(C),
+            "D": normal(dim) if self.D else None, "z": sequence(z) if self.z else None,
+            "delta_bias": raw.flatten().contiguous() if self.bias else None,
+            "initial_state": normal(rows, dim, state) if self.initial_state else None,
+            "delta_softplus": self.softplus, "cu_seqlens": None,
+            "dout": sequence(normal(batch, dim, length)), "dlast_state": normal(rows, dim, state),
+        }  # fmt: skip
+        if self.lengths:
+            offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+            tensors["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32, device=device)
+        return tensors
+
+
+def judge(tensors: Tensors) -> dict[str, np.ndarray]:
+    """Outputs and gradients of the float64 reference, named as ``candidate`` names them."""
+    t = {k: v.detach().to("cpu", torch.float64).numpy() if isinstance(v, Tensor) else v for k, v in tensors.items()}
+    dout, dlast = t.pop("dout"), t.pop("dlast_state")
+    out, last = float64.selective_scan(**t)
+    gradients = float64.selective_scan_backward(dout, dlast, **t)
+    return {"out": out, "last_state": last, **{f"d{k}": v for k, v in gradients.items()}}
+
+
+def candidate(tensors: Tensors, backend: str, config: Any = None, deterministic: bool = False) -> dict[str, Tensor]:
+    """Outputs and gradients of one backend through the public function."""
+    return _run(tensors, selective_scan, backend=backend, config=config, deterministic=deterministic)
+
+
+def baseline(tensors: Tensors) -> dict[str, Tensor]:
+    """Outputs and gradients of ``plain``: what accuracy and speed are compared with."""
+    return _run(tensors, plain)
+
+
+def _run(tensors: Tensors, function, **options) -> dict[str, Tensor]:
+    given = dict(tensors)
+    dout, dlast = given.pop("dout"), given.pop("dlast_state")
+    leaves = {k: given[k].detach().requires_grad_() for k in ARGUMENTS if given[k] is not None}
+    out, last = function(**{**given, **leaves}, return_last_state=True, **options)
+    gradients = torch.autograd.grad((out, last), list(leaves.values()), (dout, dlast))
+    return {"out": out.detach(), "last_state": last.detach()} | {f"d{k}": g for k, g in zip(leaves, gradients, strict=True)}
+
+
+def plain(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, *,
+    initial_state=None, cu_seqlens=None,
+):  # fmt: skip
+    """The textbook loop in PyTorch: float32 state, everything else rounded to the dtype of u; gradients by autograd.
+
+    Same arguments and result as ``selective_scan``. This is what a user would write, and the yardstick of the
+    error allowance; it materialises (batch, dim, length, state) through autograd and is slow.
+    """
+    dtype, dim, length = u.dtype, u.shape[1], u.shape[2]
+    x, dt = u.float(), delta.float()
+    if delta_bias is not None:
+        dt = dt + delta_bias[:, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    B, C = (t if t.ndim == 2 else t.unsqueeze(1) if t.ndim == 3 else t for t in (B, C))
+
+    def at(M: Tensor, row: slice, t: int) -> Tensor:
+        if M.ndim == 2:
+            return M
+        return M[row, :, :, t].float().repeat_interleave(dim // M.shape[1], dim=1)
+
+    spans = [(slice(None), 0, length)]
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.tolist()
+        spans = [(slice(0, 1), start, stop) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    ys, lasts = [], []
+    for i, (row, start, stop) in enumerate(spans):
+        h = x.new_zeros(x[row].shape[0], dim, A.shape[1])
+        if initial_state is not None:
+            h = initial_state if cu_seqlens is None else initial_state[i : i + 1]
+        for t in range(start, stop):
+            h = torch.exp(dt[row, :, t, None] * A) * h + (dt[row, :, t] * x[row, :, t])[..., None] * at(B, row, t)
+            ys.append((h * at(C, row, t)).sum(-1))
+        lasts.append(h)
+    y = torch.stack(ys, dim=2) if ys else torch.zeros_like(x)
+    if D is not None:
+        y = y + D[:, None] * x
+    if z is not None:
+        y = y * F.silu(z)
+    out = y.to(dtype)
+    return (out, torch.cat(lasts)) if return_last_state else out
+
+
+def _ci() -> list[Case]:
+    flags = ("D", "z", "bias", "softplus")
+    cases = [Case(f"{dtype}", dtype=dtype) for dtype in ("float32", "bfloat16", "float16")]
+    cases += [
+        Case("flags-" + ("".join(f[0] for i, f in enumerate(flags) if bits >> i & 1) or "none"), length=33, dim=5,
+             **{f: bool(bits >> i & 1) for i, f in enumerate(flags)})
+        for bits in range(15)
+    ]  # fmt: skip
+    cases += [Case(f"state-{n}", state=n, length=41, dim=5, dtype=t)
+              for n, t in ((1, "float32"), (3, "bfloat16"), (8, "float32"), (24, "float16"), (32, "float32"),
+                           (40, "bfloat16"), (64, "float32"), (100, "float32"), (128, "bfloat16"), (256, "float32"))]  # fmt: skip
+    cases += [Case(f"length-{n}", length=n, dim=9, dtype=t, layout=layout)
+              for n, t, layout in ((1, "float32", "length"), (2, "bfloat16", "dim"), (16, "float32", "length"),
+                                   (64, "bfloat16", "length"), (127, "float32", "dim"), (211, "bfloat16", "length"),
+                                   (307, "float32", "length"))]  # fmt: skip
+    return [
+        *cases,
+        Case("dim-contiguous", layout="dim", dim=24),
+        Case("dim-contiguous-bf16", layout="dim", dim=72, dtype="bfloat16"),
+        Case("dim-1", dim=1),
+        Case("dim-130", dim=130, length=50, dtype="bfloat16"),
+        Case("groups", groups=3, length=50),
+        Case("groups-dim", groups=4, layout="dim", dtype="bfloat16"),
+        Case("constant-B", constant_B=True),
+        Case("constant-C", constant_C=True, dtype="bfloat16"),
+        Case("constant-BC", constant_B=True, constant_C=True, layout="dim"),
+        Case("initial-state", initial_state=True),
+        Case("initial-state-dim-bf16", initial_state=True, layout="dim", dtype="bfloat16", state=9),
+        Case("packed", lengths=(31, 0, 1, 64, 17), initial_state=True),
+        Case("packed-dim-bf16", lengths=(5, 130, 0, 0, 3, 33), layout="dim", dtype="bfloat16", dim=20),
+        Case("packed-length-bf16", lengths=(5, 130, 12, 33), dtype="bfloat16", dim=20, initial_state=True),
+        Case("packed-one", lengths=(70,), groups=2),
+        Case("misaligned", offset=1, dtype="bfloat16", length=64),
+        Case("misaligned-dim", offset=3, layout="dim", dtype="bfloat16", dim=16),
+        Case("misaligned-fp32", offset=1, length=64),
+        Case("zero-A", special="zero_A"),
+        Case("growing", special="growing", length=130),
+        Case("underflow", special="underflow", initial_state=True),
+        Case("extreme-delta", special="extreme_delta", bias=False),
+        Case("extreme-delta-bf16", special="extreme_delta", dtype="bfloat16"),
+        Case("nan-u", special="nan_u"),
+        Case("nan-u-bf16", special="nan_u", dtype="bfloat16", layout="dim", dim=40),
+        Case("nan-B", special="nan_B", groups=2, dtype="bfloat16"),
+        Case("inf-delta", special="inf_delta"),
+        Case("inf-z", special="inf_z", dtype="float16"),
+    ]
+
+
+def _gpu() -> list[Case]:
+    cases = [
+        Case("mamba-bf16", dim=1536, length=513, dtype="bfloat16"),
+        Case("mamba-aligned-bf16", dim=768, length=1024, dtype="bfloat16"),
+        Case("mamba-dim-bf16", dim=768, length=1024, dtype="bfloat16", layout="dim"),
+        Case("mamba-fp32", dim=256, length=512),
+        Case("mamba-fp16", dim=256, length=512, dtype="float16"),
+        Case("long-row", batch=1, dim=32, length=9000, dtype="bfloat16"),
+        Case("long-row-dim", batch=1, dim=40, length=6001, layout="dim", initial_state=True),
+        Case("long-packed", dim=64, lengths=(1, 3000, 0, 777, 2048, 5), dtype="bfloat16", initial_state=True),
+        Case("long-packed-dim", dim=64, lengths=(1500, 8, 1027), dtype="bfloat16", layout="dim"),
+        Case("wide-state", dim=64, length=300, state=128, dtype="bfloat16"),
+        Case("wide-state-256", batch=1, dim=32, length=2100, state=256, dtype="bfloat16"),
+        Case("groups-8", dim=512, length=300, groups=8, dtype="bfloat16"),
+        Case("many-rows", batch=70, dim=48, length=19, dtype="bfloat16"),
+    ]
+    return [dataclasses.replace(c, tags=("gpu",)) for c in cases]
+
+
+def _bench() -> list[Case]:
+    gpu = [(8, 5120, 2048), (64, 1536, 512), (1, 5120, 4096), (1, 2048, 65536), (1, 1024, 524288)]
+    named = [
+        Case(f"{b}x{d}x{n}", batch=b, dim=d, length=n, dtype="bfloat16", tags=("bench-gpu", "tune-gpu"))
+        for b, d, n in gpu
+    ]
+    models = [(1, 1536, 2048), (16, 1536, 2048), (1, 5120, 2048), (4, 5120, 2048), (1, 1536, 16384)]
+    named += [
+        Case(f"{b}x{d}x{n}", batch=b, dim=d, length=n, dtype="bfloat16", tags=("tune-gpu",)) for b, d, n in models
+    ]
+    return [
+        *named,
+        Case("1x1536x2048-fp32", batch=1, dim=1536, length=2048, tags=("bench-cpu", "tune-cpu")),
+        Case("4x768x512-fp32", batch=4, dim=768, length=512, tags=("bench-cpu", "tune-cpu")),
+        Case("1x256x16384-fp32", batch=1, dim=256, length=16384, tags=("bench-cpu", "tune-cpu")),
+    ]
+
+
+CASES: tuple[Case, ...] = (*_ci(), *_gpu(), *_bench())
+
+
+def tagged(tag: str) -> list[Case]:
+    """The cases that carry a tag, in order."""
+    return [c for c in CASES if tag in c.tags]
