@@ -1,0 +1,202 @@
+"""How long a callable takes on a device: warm-up, many samples, their median and spread.
+
+On a GPU the figure is device time: the callable is captured into a CUDA graph of several calls and replayed, so
+that the cost of launching from Python does not pollute it; where that is not possible, events stand around a queued
+batch of calls. ``Timing.method`` says which. On a CPU it is the wall clock. Inputs stay where the previous call left
+them: caches are as warm as back-to-back calls make them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .device import Device
+
+SAMPLE_S = 2e-3  # a sample on a GPU: events resolve 0.5 us, launching a graph costs about 10 us
+HOST_SAMPLE_S = 2e-4  # a sample on a CPU: perf_counter and the loop cost well under 1 us
+MOST_CALLS = 200  # in one sample
+LAUNCH_BOUND_S = (
+    5e-3  # a call that takes this long to enqueue is a host loop: its launches are part of its cost
+)
+STABLE = 0.03  # warm-up ends when three calls in a row agree this well
+OVERTIME = 5  # a slow callable is sampled fewer than LEAST_RUNS times once it used this many times its share
+LEAST_RUNS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds for one call: the median of ``runs`` samples and their quartiles."""
+
+    median_s: float
+    low_s: float  # lower quartile
+    high_s: float  # upper quartile
+    runs: int
+    method: str
+
+
+class _Sampler(Protocol):
+    method: str
+
+    def sample(self) -> float:
+        """Seconds for one call, from one timed batch of calls."""
+
+
+def measure(fn: Callable[[], Any], device: Device, *, seconds: float = 0.2) -> Timing:
+    """Time one callable. seconds: how long to sample after warm-up; a slower callable still runs once.
+
+    What ``fn`` returns is dropped. On a GPU it runs on a stream of its own, after the work queued so far.
+    Errors: whatever ``fn`` raises.
+    """
+    return compare({"": fn}, device, seconds=seconds)[""]
+
+
+def compare(fns: dict[str, Callable[[], Any]], device: Device, *, seconds: float = 0.2) -> dict[str, Timing]:
+    """Time several callables in interleaved rounds, so that drifting clocks and busy neighbours meet all alike.
+
+    seconds: sampling time of each callable. Each round takes one sample of each, in an order that rotates.
+    Errors: whatever a callable raises, at its warm-up.
+    """
+    with _stream(device):
+        samplers = {name: _sampler(fn, device, seconds) for name, fn in fns.items()}
+        samples: dict[str, list[float]] = {name: [] for name in fns}
+        spent = dict.fromkeys(fns, 0.0)
+        running = list(fns)
+        while running:
+            for name in running:
+                begin = time.perf_counter()
+                samples[name].append(samplers[name].sample())
+                spent[name] += time.perf_counter() - begin
+            running = [n for n in running if not _enough(len(samples[n]), spent[n], seconds)]
+            running = running[1:] + running[:1]
+    return {name: _summary(samples[name], samplers[name].method) for name in fns}
+
+
+def _enough(runs: int, spent: float, seconds: float) -> bool:
+    return spent >= (seconds if runs >= LEAST_RUNS else OVERTIME * seconds)
+
+
+def _summary(samples: list[float], method: str) -> Timing:
+    low, median, high = np.percentile(samples, [25, 50, 75])
+    return Timing(float(median), float(low), float(high), len(samples), method)
+
+
+@contextlib.contextmanager
+def _stream(device: Device) -> Iterator[None]:
+    """On CUDA a side stream of the device, after what is queued: the default one cannot be captured."""
+    if device.kind != "cuda":
+        yield
+        return
+    with torch.cuda.device(device.index):
+        before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(before)
+        with torch.cuda.stream(side):
+            yield
+        before.wait_stream(side)
+
+
+def _sampler(fn: Callable[[], Any], device: Device, seconds: float) -> _Sampler:
+    synchronise = _synchronise(device)
+    call_s, host_s = _warm_up(fn, synchronise, seconds)
+    if device.kind != "cuda":
+        return _HostSampler(fn, synchronise, _calls(HOST_SAMPLE_S, call_s))
+    calls = _calls(SAMPLE_S, call_s)
+    if host_s < LAUNCH_BOUND_S:
+        try:
+            return _GraphSampler(fn, calls)
+        except RuntimeError:
+            # it synchronises, copies from the host or otherwise cannot be captured
+            torch.cuda.synchronize()
+    return _EventSampler(fn, calls, host_s)
+
+
+def _calls(sample_s: float, call_s: float) -> int:
+    return int(min(MOST_CALLS, max(1, np.ceil(sample_s / max(call_s, 1e-9)))))
+
+
+def _synchronise(device: Device) -> Callable[[], None]:
+    if device.kind == "cpu":
+        return lambda: None
+    if device.kind == "cuda":
+        return torch.cuda.synchronize
+    return torch.accelerator.synchronize
+
+
+def _warm_up(fn: Callable[[], Any], synchronise: Callable[[], None], seconds: float) -> tuple[float, float]:
+    """Call until stable; the last call's seconds until done, and until the host got control back.
+
+    The first call, which may compile, is not counted; a slow callable gets one more, a quick one as many as it needs.
+    """
+    fn()
+    synchronise()
+    times: list[float] = []
+    while True:
+        begin = time.perf_counter()
+        fn()
+        host = time.perf_counter() - begin
+        synchronise()
+        times.append(time.perf_counter() - begin)
+        last = times[-3:]
+        stable = len(last) == 3 and max(last) <= (1 + STABLE) * min(last) and sum(times) >= 0.1 * seconds
+        if stable or sum(times) >= 0.5 * seconds:
+            return last[-1], host
+
+
+class _HostSampler:
+    def __init__(self, fn, synchronise, calls: int):
+        self.fn, self.synchronise, self.calls = fn, synchronise, calls
+        self.method = f"wall clock around {calls} call{'s' * (calls > 1)}"
+
+    def sample(self) -> float:
+        self.synchronise()
+        begin = time.perf_counter()
+        for _ in range(self.calls):
+            self.fn()
+        self.synchronise()
+        return (time.perf_counter() - begin) / self.calls
+
+
+class _GraphSampler:
+    def __init__(self, fn, calls: int):
+        self.calls = calls
+        self.method = f"CUDA-graph replay of {calls} call{'s' * (calls > 1)}"
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            for _ in range(calls):
+                fn()
+        self.sample()  # the first replay also uploads the graph
+
+    def sample(self) -> float:
+        return _between_events(self.graph.replay) / self.calls
+
+
+class _EventSampler:
+    def __init__(self, fn, calls: int, host_s: float):
+        self.fn, self.calls = fn, calls
+        self.method = f"events around {calls} queued call{'s' * (calls > 1)}"
+        # the device waits while the batch is queued; 2 GHz is above any clock, so the wait is long enough
+        self.wait = int(2e9 * 1.2 * host_s * calls) if host_s < LAUNCH_BOUND_S else 0
+
+    def sample(self) -> float:
+        if self.wait:
+            torch.cuda._sleep(self.wait)
+        return _between_events(self._batch) / self.calls
+
+    def _batch(self) -> None:
+        for _ in range(self.calls):
+            self.fn()
+
+
+def _between_events(launch: Callable[[], Any]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    launch()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
