@@ -1,9 +1,9 @@
 """How long a callable takes on a device: warm-up, many samples, their median and spread.
 
-On a GPU the figure is device time: the callable is captured into a CUDA graph of several calls and replayed, so
-that the cost of launching from Python does not pollute it; where that is not possible, events stand around a queued
-batch of calls. ``Timing.method`` says which. On a CPU it is the wall clock. Inputs stay where the previous call left
-them: caches are as warm as back-to-back calls make them.
+On a GPU the figure is device time: the callable is captured into a CUDA graph of several calls and replayed,
+so that the cost of launching from Python does not pollute it; where that is not possible, events stand around a
+queued batch of calls. ``Timing.method`` says which. On a CPU it is the wall clock. Inputs stay where the previous
+call left them: caches are as warm as back-to-back calls make them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(fn: Callable[[], Any], device: Device, *, seconds: float = 0.2) -> T
 
 
 def compare(fns: dict[str, Callable[[], Any]], device: Device, *, seconds: float = 0.2) -> dict[str, Timing]:
-    """Time several callables in interleaved rounds, so that drifting clocks and busy neighbours meet all alike.
+    """Time several callables in interleaved rounds, so that clocks that drift meet all of them alike.
 
     seconds: sampling time of each callable. Each round takes one sample of each, in an order that rotates.
     Errors: whatever a callable raises, at its warm-up.
@@ -131,7 +131,7 @@ def _synchronise(device: Device) -> Callable[[], None]:
 def _warm_up(fn: Callable[[], Any], synchronise: Callable[[], None], seconds: float) -> tuple[float, float]:
     """Call until stable; the last call's seconds until done, and until the host got control back.
 
-    The first call, which may compile, is not counted; a slow callable gets one more, a quick one as many as it needs.
+    The first call, which may compile, is not counted; a slow callable gets one more, a quick one several.
     """
     fn()
     synchronise()
