@@ -1,4 +1,4 @@
-"""Who this device is: the one place that asks."""
+"""Who this device is and what it can do at most: the one place that asks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import functools
 import os
 import platform
 import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -32,6 +35,19 @@ class Device:
     @property
     def torch(self) -> torch.device:
         return torch.device(self.kind, self.index) if self.kind != "cpu" else torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """The most of one resource that a device delivers."""
+
+    resource: str  # what is counted, named as a problem's method that counts it: "bytes", "exps", "flops"
+    per_second: float
+    unit: str  # what serves it; resources served by the same unit wait for each other
+    source: str  # how the figure was found
+
+
+Ceilings = tuple[Ceiling, ...]
 
 
 def describe(device: torch.device | str) -> Device:
@@ -73,3 +89,131 @@ def _describe_cpu() -> Device:
     except (ValueError, OSError, AttributeError):
         memory = 0
     return Device("cpu", 0, name, platform.machine(), cores, 0, 0, memory)
+
+
+# ---- ceilings ----------------------------------------------------------------------------------------------
+
+# Measured with hand-written loops on one NVIDIA H100 80GB HBM3 at 1980 MHz, November 2026: per second.
+MEASURED = {"NVIDIA H100 80GB HBM3": {"bytes": 3.00e12, "exps": 4.12e12, "flops": 2 * 30.8e12}}
+# Lanes of a multiprocessor that finish in one clock (CUDA programming guide, arithmetic instructions): FMA, ex2.
+LANES = {
+    "sm_70": (64, 16), "sm_75": (64, 16), "sm_80": (64, 16), "sm_86": (128, 16), "sm_87": (128, 16),
+    "sm_89": (128, 16), "sm_90": (128, 16), "sm_100": (128, 16), "sm_103": (128, 32), "sm_120": (128, 16),
+}  # fmt: skip
+
+
+@functools.cache
+def ceilings(device: Device) -> Ceilings:
+    """What bounds a kernel on this device: memory traffic, exponentials and fp32 arithmetic (an FMA counts 2).
+
+    Measured once per process, in about a second; what cannot be measured faithfully from Python on a GPU comes from
+    a table or from its clock, and ``Ceiling.source`` says so. A resource whose rate is unknown is left out.
+    """
+    if device.kind == "cuda":
+        return _ceilings_cuda(device)
+    return _ceilings_cpu(device) if device.kind == "cpu" else ()
+
+
+def _ceilings_cuda(device: Device) -> Ceilings:
+    found = []
+    table = MEASURED.get(device.name, {})
+    rates = dict(table)
+    sources = dict.fromkeys(table, "measured on this model by hand-written loops")
+    megahertz = _clock(device.index)
+    if not table and device.arch in LANES and megahertz:
+        for resource, lanes, operations in zip(("flops", "exps"), LANES[device.arch], (2, 1), strict=True):
+            rates[resource] = float(lanes * operations * device.units * megahertz * 1e6)
+            sources[resource] = f"{lanes} lanes/clock x {device.units} multiprocessors x {megahertz:.0f} MHz"
+    if copied := _copy_rate(device):
+        rates["bytes"], sources["bytes"] = copied, "measured: torch copy, bytes read and written"
+    units = {"bytes": "memory", "exps": "special-function units", "flops": "fp32 units"}
+    found = [Ceiling(name, rates[name], unit, sources[name]) for name, unit in units.items() if name in rates]
+    return tuple(found)
+
+
+def _clock(index: int) -> float:
+    """The highest multiprocessor clock in MHz; 0 where nobody tells."""
+    if kilohertz := getattr(torch.cuda.get_device_properties(index), "clock_rate", 0):
+        return kilohertz / 1e3
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return float(pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM))
+    except Exception:
+        # no library, no driver, no permission: NVML has an error class for each
+        return 0.0
+
+
+def _copy_rate(device: Device) -> float:
+    """Bytes per second that a copy reads and writes, between buffers far larger than the last cache."""
+    from .timer import measure
+
+    size = min(1 << 30, device.memory_bytes // 16) if device.kind == "cuda" else 1 << 28
+    try:
+        source = torch.ones(size // 4, device=device.torch)
+        target = torch.empty_like(source)
+    except RuntimeError:
+        return 0.0  # out of memory
+    return 2 * size / measure(lambda: target.copy_(source), device, seconds=0.15).low_s
+
+
+def _ceilings_cpu(device: Device) -> Ceilings:
+    exp2, fma = _cpu_loops()
+    unit = "vector units"  # a CPU has no unit for exponentials: they are a polynomial of 5 FMAs and 6 operations more
+    return (
+        Ceiling("bytes", _copy_rate(device), "memory", "measured: torch copy, bytes read and written"),
+        Ceiling("exps", _rate(exp2, device.units, 1), unit, "measured: exp2 by a degree-5 polynomial, in cache"),
+        Ceiling("flops", _rate(fma, device.units, 2 * FMA_CHAIN), unit, "measured: chains of fp32 FMAs, in cache"),
+    )
+
+
+FMA_CHAIN = 16
+
+
+def _rate(loop: Callable, threads: int, operations: int) -> float:
+    """Operations per second of ``loop`` running on every core at once: the best of a few rounds."""
+    import numpy as np
+
+    size, times = 2048, 4000
+    buffers = [np.full(size, 0.5, np.float32) for _ in range(threads)]
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(10):
+            begin = time.perf_counter()
+            list(pool.map(loop, buffers, [times] * threads))
+            best = max(best, threads * size * times * operations / (time.perf_counter() - begin))
+    return best
+
+
+def _cpu_loops() -> tuple[Callable, Callable]:
+    """Compiled loops over a float32 buffer, repeated: x = -exp2(x), and a chain of FMAs on each element."""
+    import numba
+    from numpy import float32, int32, rint
+
+    compiled = numba.njit("void(float32[::1], int64)", nogil=True, fastmath={"contract"})
+
+    def exp2(x, times):
+        for _ in range(times):
+            for j in range(x.size):
+                whole = float32(rint(x[j]))
+                f = float32(x[j] - whole)
+                p = float32(1.3333558e-3) * f + float32(9.6181291e-3)
+                p = p * f + float32(5.5504109e-2)
+                p = p * f + float32(2.4022651e-1)
+                p = p * f + float32(6.9314718e-1)
+                p = float32(p * f + float32(1.0))
+                # adding to the exponent's bits multiplies by 2**whole
+                x[j] = -float32(int32(p.view(int32) + (int32(whole) << int32(23))).view(float32))
+
+    def fma(x, times):
+        for _ in range(times):
+            for j in range(x.size):
+                v = x[j]
+                for _ in range(FMA_CHAIN):
+                    v = v * float32(0.999) + float32(1e-3)
+                x[j] = v
+
+    return compiled(exp2), compiled(fma)

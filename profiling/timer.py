@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +22,10 @@ from .device import Device
 SAMPLE_S = 2e-3  # a sample on a GPU: events resolve 0.5 us, launching a graph costs about 10 us
 HOST_SAMPLE_S = 2e-4  # a sample on a CPU: perf_counter and the loop cost well under 1 us
 MOST_CALLS = 200  # in one sample
-LAUNCH_BOUND_S = (
-    5e-3  # a call that takes this long to enqueue is a host loop: its launches are part of its cost
-)
+LAUNCH_BOUND_S = 5e-3  # a call that takes this long to enqueue is a host loop: its launches are part of its cost
 STABLE = 0.03  # warm-up ends when three calls in a row agree this well
-OVERTIME = 5  # a slow callable is sampled fewer than LEAST_RUNS times once it used this many times its share
 LEAST_RUNS = 5
+OVERTIME = 5  # unless that takes this many times the seconds asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +39,10 @@ class Timing:
     method: str
 
 
-class _Sampler(Protocol):
-    method: str
-
-    def sample(self) -> float:
-        """Seconds for one call, from one timed batch of calls."""
-
-
 def measure(fn: Callable[[], Any], device: Device, *, seconds: float = 0.2) -> Timing:
-    """Time one callable. seconds: how long to sample after warm-up; a slower callable still runs once.
+    """Time one callable. seconds: how long to sample, after warm-up.
+
+    A callable that takes more than ``OVERTIME`` times that long is called twice, and the second call is its one sample.
 
     What ``fn`` returns is dropped. On a GPU it runs on a stream of its own, after the work queued so far.
     Errors: whatever ``fn`` raises.
@@ -65,26 +58,23 @@ def compare(fns: dict[str, Callable[[], Any]], device: Device, *, seconds: float
     """
     with _stream(device):
         samplers = {name: _sampler(fn, device, seconds) for name, fn in fns.items()}
-        samples: dict[str, list[float]] = {name: [] for name in fns}
-        spent = dict.fromkeys(fns, 0.0)
-        running = list(fns)
-        while running:
-            for name in running:
+        running = list(samplers.values())
+        while running := [s for s in running if not _enough(s, seconds)]:
+            for sampler in running:
                 begin = time.perf_counter()
-                samples[name].append(samplers[name].sample())
-                spent[name] += time.perf_counter() - begin
-            running = [n for n in running if not _enough(len(samples[n]), spent[n], seconds)]
+                sampler.samples.append(sampler.sample())
+                sampler.spent += time.perf_counter() - begin
             running = running[1:] + running[:1]
-    return {name: _summary(samples[name], samplers[name].method) for name in fns}
+    return {name: _summary(sampler) for name, sampler in samplers.items()}
 
 
-def _enough(runs: int, spent: float, seconds: float) -> bool:
-    return spent >= (seconds if runs >= LEAST_RUNS else OVERTIME * seconds)
+def _enough(sampler: _Sampler, seconds: float) -> bool:
+    return sampler.spent >= (seconds if len(sampler.samples) >= LEAST_RUNS else OVERTIME * seconds)
 
 
-def _summary(samples: list[float], method: str) -> Timing:
-    low, median, high = np.percentile(samples, [25, 50, 75])
-    return Timing(float(median), float(low), float(high), len(samples), method)
+def _summary(sampler: _Sampler) -> Timing:
+    low, median, high = np.percentile(sampler.samples, [25, 50, 75])
+    return Timing(float(median), float(low), float(high), len(sampler.samples), sampler.method)
 
 
 @contextlib.contextmanager
@@ -104,6 +94,11 @@ def _stream(device: Device) -> Iterator[None]:
 def _sampler(fn: Callable[[], Any], device: Device, seconds: float) -> _Sampler:
     synchronise = _synchronise(device)
     call_s, host_s = _warm_up(fn, synchronise, seconds)
+    if call_s >= OVERTIME * seconds:
+        slow = _HostSampler(fn, synchronise, 1)
+        slow.samples.append(call_s)
+        slow.spent = call_s
+        return slow
     if device.kind != "cuda":
         return _HostSampler(fn, synchronise, _calls(HOST_SAMPLE_S, call_s))
     calls = _calls(SAMPLE_S, call_s)
@@ -148,10 +143,25 @@ def _warm_up(fn: Callable[[], Any], synchronise: Callable[[], None], seconds: fl
             return last[-1], host
 
 
-class _HostSampler:
-    def __init__(self, fn, synchronise, calls: int):
+class _Sampler:
+    """One callable's samples so far: seconds of one call each, and the seconds it took to take them."""
+
+    method: str
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+        self.spent = 0.0
+
+    def sample(self) -> float:
+        """Seconds for one call, from one timed batch of calls."""
+        raise NotImplementedError
+
+
+class _HostSampler(_Sampler):
+    def __init__(self, fn: Callable[[], Any], synchronise: Callable[[], None], calls: int):
+        super().__init__()
         self.fn, self.synchronise, self.calls = fn, synchronise, calls
-        self.method = f"wall clock around {calls} call{'s' * (calls > 1)}"
+        self.method = f"wall clock, {calls} call{'s' * (calls > 1)} a sample"
 
     def sample(self) -> float:
         self.synchronise()
@@ -162,10 +172,11 @@ class _HostSampler:
         return (time.perf_counter() - begin) / self.calls
 
 
-class _GraphSampler:
-    def __init__(self, fn, calls: int):
+class _GraphSampler(_Sampler):
+    def __init__(self, fn: Callable[[], Any], calls: int):
+        super().__init__()
         self.calls = calls
-        self.method = f"CUDA-graph replay of {calls} call{'s' * (calls > 1)}"
+        self.method = f"CUDA-graph replay, {calls} call{'s' * (calls > 1)} a sample"
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
             for _ in range(calls):
@@ -176,10 +187,11 @@ class _GraphSampler:
         return _between_events(self.graph.replay) / self.calls
 
 
-class _EventSampler:
-    def __init__(self, fn, calls: int, host_s: float):
+class _EventSampler(_Sampler):
+    def __init__(self, fn: Callable[[], Any], calls: int, host_s: float):
+        super().__init__()
         self.fn, self.calls = fn, calls
-        self.method = f"events around {calls} queued call{'s' * (calls > 1)}"
+        self.method = f"events, {calls} queued call{'s' * (calls > 1)} a sample"
         # the device waits while the batch is queued; 2 GHz is above any clock, so the wait is long enough
         self.wait = int(2e9 * 1.2 * host_s * calls) if host_s < LAUNCH_BOUND_S else 0
 
