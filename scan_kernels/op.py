@@ -21,6 +21,7 @@ import json
 import pkgutil
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -79,6 +80,17 @@ class Op:
                 found[info.name] = f"not installed ({e})"
         return dict(sorted(found.items(), key=lambda kv: getattr(kv[1], "RANK", 1000)))
 
+    @functools.cached_property
+    def sources(self) -> str:
+        """Hash of everything that decides what the kernels compute: a tuned choice holds for these sources only."""
+        shared = Path(__file__).with_name("cuda_module.py")
+        folder = Path(importlib.import_module(f"{self.package}.backends").__path__[0])
+        return store.hash_sources([folder, *([shared] if shared.exists() else [])])
+
+    def key(self, problem, device: Device) -> store.Key:
+        """What a tuned choice for this problem on this device is stored under."""
+        return store.Key(self.name, self.sources, problem.bucket(), device)
+
     def reasons(self, problem) -> dict[str, str | None]:
         """For each backend: None if it can run the problem, else why not."""
         return {n: b if isinstance(b, str) else b.supports(problem) for n, b in self.backends.items()}
@@ -115,7 +127,7 @@ class Op:
             return Choice(name, config, "argument", self.backend(name, problem))
         if backend != "auto":
             self.backend(backend, problem)
-        for entry in store.lookup(self.name, problem, device):
+        for entry in store.lookup(self.key(problem, device)):
             if backend not in ("auto", entry.backend) or self.reasons(problem).get(entry.backend, "unknown") is not None:
                 continue
             module = self.backend(entry.backend, problem)

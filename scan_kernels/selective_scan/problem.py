@@ -64,8 +64,14 @@ class Problem:
         return self.batch * -(-self.length // self.checkpoint)
 
     def key(self) -> dict[str, object]:
-        """Every field by name: what a tuned choice is stored under."""
+        """Every field by name."""
         return dataclasses.asdict(self)
+
+    def bucket(self) -> dict[str, object]:
+        """What a tuned choice is stored under: rows*dim and length rounded up to powers of two, all else exact."""
+        rounded = {"rows*dim": _power_of_two(self.rows * self.dim), "length": _power_of_two(self.length)}
+        exact = {k: v for k, v in self.key().items() if k not in ("batch", "dim", "length", "sequences")}
+        return exact | rounded | {"packed": self.sequences > 0}
 
     def bytes(self) -> int:
         """Fewest bytes that must move through device memory: each input read once, each output written once."""
@@ -157,6 +163,10 @@ class Gradients(NamedTuple):
     dz: Tensor | None
     ddelta_bias: Tensor | None
     dinitial_state: Tensor | None
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def default_checkpoint(state: int) -> int:

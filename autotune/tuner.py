@@ -1,0 +1,111 @@
+"""The tuner: candidates are admitted by the gate, timed as a search strategy asks, and the best one is named.
+
+It knows no op. A candidate is a name and a callable; the gate is a function that says why a name must not win. A
+candidate that fails is a trial with a reason: data, not an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+
+from ..profiling import timer
+from ..profiling.device import Device
+from .search import Name, Strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What became of one candidate: a timing, or the reason why there is none."""
+
+    name: Name
+    timing: timer.Timing | None = None
+    reason: str = ""
+    final: bool = False  # timed in the last, interleaved round: comparable with the others of that round
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Every candidate that was tried, in the order of the trials, and the winner: None if nothing passed."""
+
+    trials: dict[Name, Trial]
+    winner: Name | None
+    default: Name
+
+    @property
+    def gain(self) -> float:
+        """The default's time over the winner's, from the final; NaN where the default did not get there."""
+        default, winner = self.trials.get(self.default), self.trials.get(self.winner)
+        if default is None or winner is None or default.timing is None or winner.timing is None:
+            return float("nan")
+        return default.timing.median_s / winner.timing.median_s
+
+
+def tune(
+    candidates: Mapping[Name, Callable[[], object]],
+    gate: Callable[[Name], str | None],
+    device: Device,
+    strategy: Strategy,
+    default: Name,
+    progress: Callable[[Trial], None] = lambda trial: None,
+) -> Result:
+    """Find the fastest candidate that passes the gate.
+
+    candidates: name -> callable that runs it once on the problem to tune for. gate(name): None, or why its result is
+    wrong; asked once for each name, before it is timed. default: what runs if nobody tunes; it is replaced only if
+    the gap exceeds the noise. progress: called with each trial as it is made.
+    """
+    trials: dict[Name, Trial] = {}
+
+    def note(trial: Trial) -> None:
+        trials[trial.name] = trial
+        progress(trial)
+
+    def admitted(name: Name) -> bool:
+        if name not in trials:
+            note(Trial(name, reason=_refusal(name, candidates[name], gate, device)))
+        return not trials[name].reason
+
+    request = next(strategy, None)
+    while request is not None:
+        names = [n for n in request.names if admitted(n)]
+        times: dict[Name, float] = {}
+        for batch in [names] if request.together else [[n] for n in names]:
+            # the timer wants strings for names
+            timings = timer.compare(
+                {str(i): candidates[n] for i, n in enumerate(batch)}, device, seconds=request.seconds
+            )
+            for n, timing in zip(batch, timings.values(), strict=True):
+                note(Trial(n, timing, final=request.together))
+                times[n] = timing.median_s
+        try:
+            request = strategy.send(times)
+        except StopIteration:
+            request = None
+    return Result(trials, _winner(trials.values(), default), default)
+
+
+def _refusal(name: Name, run: Callable[[], object], gate: Callable[[Name], str | None], device: Device) -> str:
+    """Why the candidate may not take part: it raises, is wrong, or cannot run the problem itself. Empty: it may."""
+    try:
+        reason = gate(name)
+        if reason is None:
+            run()
+            if device.kind == "cuda":
+                torch.cuda.synchronize(device.torch)
+    except Exception as e:
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+    return reason or ""
+
+
+def _winner(trials: Collection[Trial], default: Name) -> Name | None:
+    """The fastest finalist; the default unless its lower quartile is above the fastest one's upper quartile."""
+    finalists = {t.name: t.timing for t in trials if t.final and t.timing is not None}
+    if not finalists:
+        return None
+    best = min(finalists, key=lambda n: finalists[n].median_s)
+    if default in finalists and finalists[best].high_s >= finalists[default].low_s:
+        return default
+    return best
