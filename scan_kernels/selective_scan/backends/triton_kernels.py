@@ -1,0 +1,533 @@
+"""Triton kernels of the selective scan.
+
+A program owns a tile of channels, with all their states, of one row (or of one piece of a row's time) and walks its
+time in tiles. Tiles are [BT, BN, BD] = (steps, states, channels), in this order on purpose: Triton deals the last
+axes out to lanes and warps first, so all steps of a state lie in one thread, where picking a step out of a tile
+folds away and the recurrence is a plain run of fused multiply-adds. (``associative_scan`` would shuffle each value
+across the warp to run in reverse.) On a target that deals the axes out differently this stays right, only slower.
+
+Row r, piece c covers steps [c*span, (c+1)*span) of the row. ``span`` is a multiple of the checkpoint interval K, and
+tiles never cross a multiple of K, so a state entering step k*K is always a state entering a tile.
+Steps, rows and strides are 64-bit where they are multiplied.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+MAX_FLOAT = tl.constexpr(3.4e38)
+
+
+# ---- scalar functions -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) to a few ulp everywhere: log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    s = e / (2.0 + e)
+    q = s * s
+    p = 1.0 / 15 * q + 1.0 / 13
+    p = p * q + 1.0 / 11
+    p = p * q + 1.0 / 9
+    p = p * q + 1.0 / 7
+    p = p * q + 1.0 / 5
+    p = p * q + 1.0 / 3
+    return tl.maximum(x, 0.0) + 2.0 * (s + s * q * p)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def log2_rate(A):
+    """A in units of exp2; infinite rates become finite, so that a masked step (size 0) still leaves a state alone."""
+    rate = A * LOG2E
+    rate = tl.where(rate == float("-inf"), -MAX_FLOAT, rate)
+    return tl.where(rate == float("inf"), MAX_FLOAT, rate)
+
+
+# ---- recurrences along a tile [BT, BN, BD] --------------------------------------------------------------------------
+
+
+@triton.jit
+def at_step(x, t: tl.constexpr, BT: tl.constexpr):
+    """x[t], [BN, BD]. Summed as integers: adding 0 then folds away, and neither NaN nor -0.0 is touched."""
+    here = (tl.arange(0, BT) == t)[:, None, None]
+    return tl.sum(tl.where(here, x.to(tl.int32, bitcast=True), 0), axis=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def run_states(a, b, h, BT: tl.constexpr):
+    """h_t = a_t h_{t-1} + b_t from h: (all h_t, all a_t h_{t-1}, the last h_t).
+
+    The decayed state is kept by itself: h_t - b_t would lose it to cancellation where decay is strong.
+    """
+    tau = tl.arange(0, BT)[:, None, None]
+    hs, decayed = b, b
+    for t in tl.static_range(BT):
+        carried = at_step(a, t, BT) * h
+        h = carried + at_step(b, t, BT)
+        decayed = tl.where(tau == t, carried[None, :, :], decayed)
+        hs = tl.where(tau == t, h[None, :, :], hs)
+    return hs, decayed, h
+
+
+@triton.jit
+def run_adjoint(a, c, x, BT: tl.constexpr):
+    """G_t = c_t + a_{t+1} G_{t+1}, backwards; x is a G of the step after the tile: (all G_t, a G of the first step)."""
+    tau = tl.arange(0, BT)[:, None, None]
+    G = c
+    for i in tl.static_range(BT):
+        g = at_step(c, BT - 1 - i, BT) + x
+        x = at_step(a, BT - 1 - i, BT) * g
+        G = tl.where(tau == BT - 1 - i, g[None, :, :], G)
+    return G, x
+
+
+# ---- addresses ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_bounds(cu_seqlens, row, length, PACKED: tl.constexpr):
+    """(batch entry, first step, steps) of a row; offsets out of range are clamped."""
+    if PACKED:
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + row).to(tl.int64), 0), length)
+        stop = tl.minimum(tl.maximum(tl.load(cu_seqlens + row + 1).to(tl.int64), start), length)
+        return row * 0, start, stop - start
+    else:
+        return row, row * 0, row * 0 + length
+
+
+@triton.jit
+def line_offsets(t, d, line, TIME_CONTIGUOUS: tl.constexpr):
+    """Offsets [BT, BD] into a tensor whose axis of stride 1 is length or dim; ``line`` is the other's stride."""
+    if TIME_CONTIGUOUS:
+        return t[:, None] + d[None, :] * line
+    else:
+        return t[:, None] * line + d[None, :]
+
+
+@triton.jit
+def load_lines(x, t, d, line, mask, TIME_CONTIGUOUS: tl.constexpr):
+    return tl.load(x + line_offsets(t, d, line, TIME_CONTIGUOUS), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_projection(M, t, t_ok, n, n_ok, stride_n, stride_t):
+    """[BT, BN, 1] of a B or C that varies with time; M points at its batch entry and group."""
+    tile = M + t[:, None] * stride_t + n[None, :] * stride_n
+    return tl.load(tile, mask=t_ok[:, None] & n_ok[None, :], other=0.0).to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def step_sizes(delta, bias, mask, SOFTPLUS: tl.constexpr):
+    """(before softplus, Δ) of a tile; a masked step has size 0, which leaves the state as it is."""
+    raw = delta + bias[None, :]
+    if SOFTPLUS:
+        return raw, tl.where(mask, softplus(raw), 0.0)
+    else:
+        return raw, tl.where(mask, raw, 0.0)
+
+
+@triton.jit
+def tile_span(tile, first, stop, K: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr):
+    """(first step, one past the last) of a tile, relative to the row. K = 0: tiles follow each other unbroken."""
+    if K:
+        t0 = first + (tile // TILES) * K + (tile % TILES) * BT
+        return t0, tl.minimum(stop, first + (tile // TILES + 1) * K)
+    else:
+        return first + tile * BT, stop
+
+
+@triton.jit
+def tile_count(steps, K: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr):
+    if K:
+        return tl.cdiv(steps, K) * TILES
+    else:
+        return tl.cdiv(steps, BT)
+
+
+@triton.jit
+def add_or_store(target, value, mask, ATOMIC: tl.constexpr):
+    if ATOMIC:
+        tl.atomic_add(target, value, mask=mask, sem="relaxed")
+    else:
+        tl.store(target, value, mask=mask)
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def forward_kernel(
+    u, delta, A, B, C, D, z, bias, initial_state, cu_seqlens, out, last_state, states, entering, sizes,
+    dim, state, length, groups, blocks, pieces, span,
+    u_batch, u_line, delta_batch, delta_line, z_batch, z_line, out_batch, out_line,
+    B_batch, B_group, B_n, B_t, C_batch, C_group, C_n, C_t,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
+    TIME_CONTIGUOUS: tl.constexpr, PACKED: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr,
+    ONLY_STATE: tl.constexpr,
+):  # fmt: skip
+    """One pass of the forward over a piece of a row. Programs: rows x pieces x groups x blocks of a group's channels.
+
+    An argument that is None switches its part off. SPLIT: the piece starts from ``entering`` (rows, pieces, dim,
+    state) rather than from the initial state. ONLY_STATE: start every piece from 0 and write only the state it ends
+    with, into ``entering`` of the next piece, and the sum of its step sizes, into ``sizes`` (rows, pieces, dim).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    block, pid = pid % blocks, pid // blocks
+    group, pid = pid % groups, pid // groups
+    piece, row = pid % pieces, pid // pieces
+    per_group = dim // groups
+    in_group = block * BD + tl.arange(0, BD).to(tl.int64)
+    d_ok = in_group < per_group
+    d = group * per_group + in_group
+    n = tl.arange(0, BN)
+    n_ok = n < state
+    nd_ok = n_ok[:, None] & d_ok[None, :]
+    nd = d[None, :] * state + n[:, None]
+    tau = tl.arange(0, BT)
+
+    batch, start, steps = row_bounds(cu_seqlens, row, length, PACKED)
+    first = piece * span
+    stop = tl.minimum(steps, first + span)
+    u += batch * u_batch
+    delta += batch * delta_batch
+    rate = log2_rate(tl.load(A + nd, mask=nd_ok, other=0.0))
+    step_bias = tl.zeros([BD], tl.float32)
+    if bias is not None:
+        step_bias = tl.load(bias + d, mask=d_ok, other=0.0)
+    if B_t is None:
+        B_tile = tl.load(B + nd, mask=nd_ok, other=0.0)[None, :, :]
+    else:
+        B += batch * B_batch + group * B_group
+    if not ONLY_STATE:
+        out += batch * out_batch
+        if z is not None:
+            z += batch * z_batch
+        if D is not None:
+            skip = tl.load(D + d, mask=d_ok, other=0.0)
+        if C_t is None:
+            C_tile = tl.load(C + nd, mask=nd_ok, other=0.0)[None, :, :]
+        else:
+            C += batch * C_batch + group * C_group
+
+    h = tl.zeros([BN, BD], tl.float32)
+    if SPLIT:
+        h = tl.load(entering + (row * pieces + piece) * dim * state + nd, mask=nd_ok, other=0.0)
+    elif initial_state is not None and not ONLY_STATE:
+        h = tl.load(initial_state + row * dim * state + nd, mask=nd_ok, other=0.0)
+    total = tl.zeros([BD], tl.float32)
+
+    tiles = tile_count(stop - first, K, BT, TILES)
+    tile = tiles * 0
+    while tile < tiles:
+        t0, end = tile_span(tile, first, stop, K, BT, TILES)
+        if states is not None:
+            if tile % TILES == 0:
+                slot = (start // K + row if PACKED else row * tl.cdiv(length, K)) + t0 // K
+                tl.store(states + slot * dim * state + nd, h, mask=nd_ok)
+        t_ok = t0 + tau < end
+        t = start + t0 + tau
+        td_ok = t_ok[:, None] & d_ok[None, :]
+        x = load_lines(u, t, d, u_line, td_ok, TIME_CONTIGUOUS)
+        _, size = step_sizes(load_lines(delta, t, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS)
+        if B_t is not None:
+            B_tile = load_projection(B, t, t_ok, n, n_ok, B_n, B_t)
+        a = tl.exp2(size[:, None, :] * rate[None, :, :])
+        b = (size * x)[:, None, :] * B_tile
+        hs, _, h = run_states(a, b, h, BT)
+        if ONLY_STATE:
+            total += tl.sum(size, axis=0)
+        else:
+            if C_t is not None:
+                C_tile = load_projection(C, t, t_ok, n, n_ok, C_n, C_t)
+            y = tl.sum(hs * C_tile, axis=1)
+            if D is not None:
+                y += skip[None, :] * x
+            if z is not None:
+                gate = load_lines(z, t, d, z_line, td_ok, TIME_CONTIGUOUS)
+                y *= gate * sigmoid(gate)
+            tl.store(out + line_offsets(t, d, out_line, TIME_CONTIGUOUS), y.to(out.dtype.element_ty), mask=td_ok)
+        tile += 1
+
+    if ONLY_STATE:
+        if piece + 1 < pieces:
+            tl.store(entering + (row * pieces + piece + 1) * dim * state + nd, h, mask=nd_ok)
+        tl.store(sizes + (row * pieces + piece) * dim + d, total, mask=d_ok)
+    elif last_state is not None:
+        if piece == pieces - 1:
+            tl.store(last_state + row * dim * state + nd, h, mask=nd_ok)
+
+
+@triton.jit
+def combine_kernel(
+    A, edge, carry, sizes, dim, state, pieces,
+    BN: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Carry states (or, in reverse, adjoints) across pieces: carry[next] += decay of the piece * carry[piece].
+
+    edge: (rows, dim, state), what enters the first piece, or None for 0. carry: (rows, pieces, dim, state) holds what
+    each piece hands on when it starts from 0. Programs: rows x blocks of channels.
+    """
+    blocks = tl.cdiv(dim, BD)
+    row, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
+    d = block * BD + tl.arange(0, BD)
+    n = tl.arange(0, BN)
+    d_ok = d < dim
+    ok = (n < state)[:, None] & d_ok[None, :]
+    nd = d.to(tl.int64)[None, :] * state + n[:, None]
+    rate = log2_rate(tl.load(A + nd, mask=ok, other=0.0))
+    h = tl.zeros([BN, BD], tl.float32)
+    if edge is not None:
+        h = tl.load(edge + row * dim * state + nd, mask=ok, other=0.0)
+    i = tl.program_id(0) * 0
+    while i < pieces:
+        piece = pieces - 1 - i if REVERSE else i
+        at = carry + (row * pieces + piece) * dim * state + nd
+        own = tl.load(at, mask=ok & (i > 0), other=0.0)
+        if i > 0:
+            before = piece + 1 if REVERSE else piece - 1
+            size = tl.load(sizes + (row * pieces + before) * dim + d, mask=d_ok, other=0.0)
+            # a product of growing decays may overflow where every single step is finite: 0 stays 0 then
+            h = own + tl.where(h == 0.0, 0.0, tl.exp2(size[None, :] * rate) * h)
+        tl.store(at, h, mask=ok)
+        i += 1
+
+
+# ---- backward -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def adjoint_kernel(
+    delta, A, C, z, bias, dout, entering, sizes,
+    dim, state, length, groups, blocks, pieces, span,
+    delta_batch, delta_line, z_batch, z_line, dout_batch, dout_line, C_batch, C_group, C_n, C_t,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TIME_CONTIGUOUS: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """The adjoint x = exp(Δ A) (C dy + x) over a piece, backwards from 0: ``forward_kernel``'s ONLY_STATE in reverse.
+
+    Writes what the piece hands to the piece before it into ``entering`` (rows, pieces, dim, state) of that piece, and
+    the sum of its step sizes. Rows are not packed. Programs as in ``forward_kernel``.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    block, pid = pid % blocks, pid // blocks
+    group, pid = pid % groups, pid // groups
+    piece, row = pid % pieces, pid // pieces
+    per_group = dim // groups
+    in_group = block * BD + tl.arange(0, BD).to(tl.int64)
+    d_ok = in_group < per_group
+    d = group * per_group + in_group
+    n = tl.arange(0, BN)
+    n_ok = n < state
+    nd_ok = n_ok[:, None] & d_ok[None, :]
+    nd = d[None, :] * state + n[:, None]
+    tau = tl.arange(0, BT)
+
+    first = piece * span
+    stop = tl.minimum(length, first + span)
+    delta += row * delta_batch
+    dout += row * dout_batch
+    if z is not None:
+        z += row * z_batch
+    rate = log2_rate(tl.load(A + nd, mask=nd_ok, other=0.0))
+    step_bias = tl.zeros([BD], tl.float32)
+    if bias is not None:
+        step_bias = tl.load(bias + d, mask=d_ok, other=0.0)
+    if C_t is None:
+        C_tile = tl.load(C + nd, mask=nd_ok, other=0.0)[None, :, :]
+    else:
+        C += row * C_batch + group * C_group
+    x = tl.zeros([BN, BD], tl.float32)
+    total = tl.zeros([BD], tl.float32)
+    tile = tl.cdiv(stop - first, BT)
+    while tile > 0:
+        tile -= 1
+        t = first + tile * BT + tau
+        t_ok = t < stop
+        td_ok = t_ok[:, None] & d_ok[None, :]
+        _, size = step_sizes(load_lines(delta, t, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS)
+        dy = load_lines(dout, t, d, dout_line, td_ok, TIME_CONTIGUOUS)
+        if z is not None:
+            gate = load_lines(z, t, d, z_line, td_ok, TIME_CONTIGUOUS)
+            dy *= gate * sigmoid(gate)
+        if C_t is not None:
+            C_tile = load_projection(C, t, t_ok, n, n_ok, C_n, C_t)
+        a = tl.exp2(size[:, None, :] * rate[None, :, :])
+        c = dy[:, None, :] * C_tile
+        _, x = run_adjoint(a, c, x, BT)
+        total += tl.sum(size, axis=0)
+    if piece > 0:
+        tl.store(entering + (row * pieces + piece - 1) * dim * state + nd, x, mask=nd_ok)
+    tl.store(sizes + (row * pieces + piece) * dim + d, total, mask=d_ok)
+
+
+@triton.jit
+def backward_kernel(
+    u, delta, A, B, C, D, z, bias, cu_seqlens, states, dout, dlast_state, entering,
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial_state,
+    dim, state, length, groups, blocks, pieces, span,
+    u_batch, u_line, delta_batch, delta_line, z_batch, z_line, dout_batch, dout_line,
+    du_batch, du_line, ddelta_batch, ddelta_line, dz_batch, dz_line,
+    B_batch, B_group, B_n, B_t, C_batch, C_group, C_n, C_t, part_block, part_row,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
+    TIME_CONTIGUOUS: tl.constexpr, PACKED: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ATOMIC_BLOCKS: tl.constexpr, ATOMIC_ROWS: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a piece of a row: states recomputed from ``states`` a tile at a time, latest tile first.
+
+    Programs as in ``forward_kernel``. An argument that is None switches its part off. ``entering`` (rows, pieces,
+    dim, state): the adjoint that comes from the piece after; None: ``dlast_state``, or 0.
+    dB, dC that vary with time are summed over the program's channels, then over blocks: by atomic additions to the
+    zeroed gradient where ATOMIC_BLOCKS, else each block writes its own part, ``part_block`` elements further on.
+    dA, dD, dbias and constant dB, dC are summed over the program's steps, then likewise over rows and pieces:
+    ATOMIC_ROWS, or a part for each, ``part_row`` channels further on.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    block, pid = pid % blocks, pid // blocks
+    group, pid = pid % groups, pid // groups
+    piece, row = pid % pieces, pid // pieces
+    per_group = dim // groups
+    in_group = block * BD + tl.arange(0, BD).to(tl.int64)
+    d_ok = in_group < per_group
+    d = group * per_group + in_group
+    n = tl.arange(0, BN)
+    n_ok = n < state
+    nd_ok = n_ok[:, None] & d_ok[None, :]
+    nd = d[None, :] * state + n[:, None]
+    tau = tl.arange(0, BT)
+
+    batch, start, steps = row_bounds(cu_seqlens, row, length, PACKED)
+    first = piece * span
+    stop = tl.minimum(steps, first + span)
+    slot = start // K + row if PACKED else row * tl.cdiv(length, K)
+    u += batch * u_batch
+    delta += batch * delta_batch
+    dout += batch * dout_batch
+    du += batch * du_batch
+    ddelta += batch * ddelta_batch
+    if z is not None:
+        z += batch * z_batch
+        dz += batch * dz_batch
+    A_tile = tl.load(A + nd, mask=nd_ok, other=0.0)
+    rate = log2_rate(A_tile)
+    step_bias = tl.zeros([BD], tl.float32)
+    if bias is not None:
+        step_bias = tl.load(bias + d, mask=d_ok, other=0.0)
+    if D is not None:
+        skip = tl.load(D + d, mask=d_ok, other=0.0)
+    if B_t is None:
+        B_tile = tl.load(B + nd, mask=nd_ok, other=0.0)[None, :, :]
+    else:
+        B += batch * B_batch + group * B_group
+        dB += block * part_block + (batch * groups + group) * state * length
+    if C_t is None:
+        C_tile = tl.load(C + nd, mask=nd_ok, other=0.0)[None, :, :]
+    else:
+        C += batch * C_batch + group * C_group
+        dC += block * part_block + (batch * groups + group) * state * length
+
+    x = tl.zeros([BN, BD], tl.float32)
+    if entering is not None:
+        x = tl.load(entering + (row * pieces + piece) * dim * state + nd, mask=nd_ok, other=0.0)
+    elif dlast_state is not None:
+        x = tl.load(dlast_state + row * dim * state + nd, mask=nd_ok, other=0.0)
+    dA_sum = tl.zeros([BN, BD], tl.float32)
+    dB_sum = tl.zeros([BN, BD], tl.float32)
+    dC_sum = tl.zeros([BN, BD], tl.float32)
+    dD_sum = tl.zeros([BD], tl.float32)
+    dbias_sum = tl.zeros([BD], tl.float32)
+
+    tile = tile_count(stop - first, K, BT, TILES)
+    while tile > 0:
+        tile -= 1
+        t0, end = tile_span(tile, first, stop, K, BT, TILES)
+        h = tl.load(states + (slot + t0 // K) * dim * state + nd, mask=nd_ok, other=0.0)
+        if TILES > 1:
+            earlier = tile - tile % TILES
+            while earlier < tile:
+                s = start + t0 + (earlier - tile) * BT + tau
+                s_ok = s < start + end
+                sd_ok = s_ok[:, None] & d_ok[None, :]
+                _, size = step_sizes(
+                    load_lines(delta, s, d, delta_line, sd_ok, TIME_CONTIGUOUS), step_bias, sd_ok, SOFTPLUS
+                )
+                if B_t is not None:
+                    B_tile = load_projection(B, s, s_ok, n, n_ok, B_n, B_t)
+                b = (size * load_lines(u, s, d, u_line, sd_ok, TIME_CONTIGUOUS))[:, None, :] * B_tile
+                a = tl.exp2(size[:, None, :] * rate[None, :, :])
+                _, _, h = run_states(a, b, h, BT)
+                earlier += 1
+
+        t_ok = t0 + tau < end
+        t = start + t0 + tau
+        td_ok = t_ok[:, None] & d_ok[None, :]
+        v = load_lines(u, t, d, u_line, td_ok, TIME_CONTIGUOUS)
+        raw, size = step_sizes(load_lines(delta, t, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS)
+        if B_t is not None:
+            B_tile = load_projection(B, t, t_ok, n, n_ok, B_n, B_t)
+        if C_t is not None:
+            C_tile = load_projection(C, t, t_ok, n, n_ok, C_n, C_t)
+        a = tl.exp2(size[:, None, :] * rate[None, :, :])
+        b = (size * v)[:, None, :] * B_tile
+        hs, decayed, _ = run_states(a, b, h, BT)
+
+        dy = load_lines(dout, t, d, dout_line, td_ok, TIME_CONTIGUOUS)
+        if z is not None:
+            gate = load_lines(z, t, d, z_line, td_ok, TIME_CONTIGUOUS)
+            open_ = sigmoid(gate)
+            y = tl.sum(hs * C_tile, axis=1)
+            if D is not None:
+                y += skip[None, :] * v
+            slope = dy * y * open_ * (1.0 + gate * (1.0 - open_))
+            tl.store(dz + line_offsets(t, d, dz_line, TIME_CONTIGUOUS), slope.to(dz.dtype.element_ty), mask=td_ok)
+            dy *= gate * open_
+        c = dy[:, None, :] * C_tile
+        G, x = run_adjoint(a, c, x, BT)
+
+        GB = tl.sum(G * B_tile, axis=1)
+        through = decayed * G
+        dx = size * GB
+        if D is not None:
+            dx += skip[None, :] * dy
+            dD_sum += tl.sum(dy * v, axis=0)
+        tl.store(du + line_offsets(t, d, du_line, TIME_CONTIGUOUS), dx.to(du.dtype.element_ty), mask=td_ok)
+        dsize = v * GB + tl.sum(through * A_tile[None, :, :], axis=1)
+        if SOFTPLUS:
+            dsize *= sigmoid(raw)
+        tl.store(
+            ddelta + line_offsets(t, d, ddelta_line, TIME_CONTIGUOUS), dsize.to(ddelta.dtype.element_ty), mask=td_ok
+        )
+        dbias_sum += tl.sum(tl.where(td_ok, dsize, 0.0), axis=0)
+        dA_sum += tl.sum(through * size[:, None, :], axis=0)
+        tn = t[:, None] + n.to(tl.int64)[None, :] * length
+        tn_ok = t_ok[:, None] & n_ok[None, :]
+        dB_tile = (size * v)[:, None, :] * G
+        if B_t is not None:
+            add_or_store(dB + tn, tl.sum(dB_tile, axis=2), tn_ok, ATOMIC_BLOCKS)
+        else:
+            dB_sum += tl.sum(dB_tile, axis=0)
+        dC_tile = dy[:, None, :] * hs
+        if C_t is not None:
+            add_or_store(dC + tn, tl.sum(dC_tile, axis=2), tn_ok, ATOMIC_BLOCKS)
+        else:
+            dC_sum += tl.sum(dC_tile, axis=0)
+
+    part = (row * pieces + piece) * part_row
+    add_or_store(dA + part * state + nd, dA_sum, nd_ok, ATOMIC_ROWS)
+    if B_t is None:
+        add_or_store(dB + part * state + nd, dB_sum, nd_ok, ATOMIC_ROWS)
+    if C_t is None:
+        add_or_store(dC + part * state + nd, dC_sum, nd_ok, ATOMIC_ROWS)
+    if D is not None:
+        add_or_store(dD + part + d, dD_sum, d_ok, ATOMIC_ROWS)
+    if bias is not None:
+        add_or_store(dbias + part + d, dbias_sum, d_ok, ATOMIC_ROWS)
+    if dinitial_state is not None:
+        if piece == 0:
+            tl.store(dinitial_state + row * dim * state + nd, x, mask=nd_ok)
