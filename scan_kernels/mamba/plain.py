@@ -56,8 +56,8 @@ def causal_conv1d(
 
     outputs = padded.shape[1] - tail
     y = bias.float() if bias is not None else weight.new_zeros(dim, dtype=torch.float32)
-    for k, tap in enumerate(weight.float().unbind(1)):
-        y = torch.addcmul(y, padded[:, k : k + outputs], tap)
+    for k, tap in enumerate(weight.unbind(1)):
+        y = torch.addcmul(y, padded[:, k : k + outputs], tap)  # float32, as y is
     if cu_seqlens is not None:
         y = y[:, place - tail]
     out = (F.silu(y) if activation else y).to(x.dtype).transpose(1, 2)
