@@ -1,12 +1,15 @@
 """Named selective-scan problems that tests, check, tuner and report all read, and how each is run and judged.
 
 Tags: ``ci`` small, for every machine; ``gpu`` larger, for a GPU; ``bench-gpu``, ``bench-cpu`` what speed is reported
-on; ``tune-gpu``, ``tune-cpu`` what ``tune`` tunes by default.
+on; ``tune-gpu``, ``tune-cpu`` what ``tune`` tunes by default; ``tune-small`` what it tries itself out on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference as float64
-from . import selective_scan
-from .problem import Problem, default_checkpoint
+from . import OP, _allocate, _allocate_gradients, _normal_form, _problem, selective_scan
+from .problem import MAX_STATE, Cotangents, Inputs, Outputs, Problem, default_checkpoint
 
 Tensors = dict[str, Any]
+Launch = Callable[[ModuleType, Any], Callable[[], None]]  # (backend, config) -> a call of its kernels, nothing else
+# how a scan is used, and the direction it runs in: each is a problem of its own
+USES = {"inference": "forward", "prefill": "forward", "training": "forward", "backward": "backward"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
 
@@ -56,6 +63,20 @@ class Case:
             has_initial_state=self.initial_state,
             checkpoint=default_checkpoint(self.state) if training or direction == "backward" else 0,
         )  # fmt: skip
+
+    def used(self, use: str, device: str = "cpu") -> Problem:
+        """The Problem of one of ``USES``."""
+        problem = self.problem(USES[use], device, training=use == "training")
+        return dataclasses.replace(problem, has_last_state=use == "prefill")
+
+    def gates(self) -> list[Case]:
+        """Small cases of the same kind: of odd length over several tiles, and of a length that any tile divides."""
+        cut = dataclasses.replace(self, batch=2, dim=self.groups * -(-40 // self.groups), tags=())
+        sizes = ((337, (101, 0, 1, 235)), (256, (128, 0, 64, 64)))
+        return [
+            dataclasses.replace(cut, name=f"gate of {n} steps", length=n, lengths=self.lengths and packed)
+            for n, packed in sizes
+        ]
 
     def make(self, device: torch.device | str = "cpu", seed: int | None = None) -> Tensors:
         """Fresh random arguments of ``selective_scan`` by name, with ``dout`` and ``dlast_state``.
@@ -140,6 +161,49 @@ def judge(tensors: Tensors) -> dict[str, np.ndarray]:
 def candidate(tensors: Tensors, backend: str, config: Any = None, deterministic: bool = False) -> dict[str, Tensor]:
     """Outputs and gradients of one backend through the public function."""
     return _run(tensors, selective_scan, backend=backend, config=config, deterministic=deterministic)
+
+
+def outcome(tensors: Tensors, problem: Problem, backend: str, config: Any) -> dict[str, Tensor]:
+    """What the public function returns where ``config`` runs in the problem's direction: gradients too if it trains."""
+    if problem.checkpoint:
+        return candidate(tensors, backend, {problem.direction: config})
+    given = {k: v for k, v in tensors.items() if k not in ("dout", "dlast_state")}
+    with torch.no_grad():
+        result = selective_scan(
+            **given, return_last_state=problem.has_last_state, backend=backend, config=config, deterministic=False
+        )
+    return {"out": result} if isinstance(result, Tensor) else dict(zip(("out", "last_state"), result, strict=True))
+
+
+def launcher(tensors: Tensors, problem: Problem) -> Launch:
+    """How to call a backend's kernels on these tensors, whose problem this is, without anything around them."""
+    i = _normal_form(*(tensors[name] for name in Inputs._fields))
+    forward = dataclasses.replace(problem, direction="forward")
+    last = problem.has_last_state
+    out, last_state, states = _allocate(i.u, i.A, i.cu_seqlens, last, problem.checkpoint)
+    outputs = Outputs(out, last_state if last else None, states if problem.checkpoint else None)
+    if problem.direction == "forward":
+        return lambda module, config: functools.partial(module.forward, forward, i, outputs, config)
+    chosen = OP.resolve(forward, i.u.device)
+    chosen.module.forward(forward, i, outputs, chosen.config)
+    cotangents = Cotangents(tensors["dout"], tensors["dlast_state"] if last else None)
+    gradients = _allocate_gradients(i.u, i.A, i.B, i.C, i.D, i.z, i.delta_bias, i.initial_state)
+    return lambda module, config: functools.partial(
+        module.backward, problem, i, states, cotangents, gradients, config
+    )
+
+
+def parse(text: str, dtype: str) -> Case:
+    """A Mamba layer's scan from "batch,dim,length,state[,dtype]"; ValueError that says what was expected."""
+    parts = [p.strip() for p in text.split(",")]
+    kind = DTYPES.get(parts[4], parts[4]) if len(parts) == 5 else dtype
+    sizes = [int(p) for p in parts[:4] if p.isdecimal()]
+    known = len(parts) in (4, 5) and len(sizes) == 4 and kind in DTYPES.values()
+    if not known or min(sizes) < 1 or sizes[3] > MAX_STATE:
+        expected = f"batch,dim,length,state[,{'|'.join(DTYPES)}] with sizes from 1 and at most {MAX_STATE} states"
+        raise ValueError(f"expected the name of a case, or {expected}; got {text!r}")
+    batch, dim, length, state = sizes
+    return Case(text, batch=batch, dim=dim, length=length, state=state, dtype=kind, tags=())
 
 
 def baseline(tensors: Tensors) -> dict[str, Tensor]:
@@ -280,6 +344,7 @@ def _bench() -> list[Case]:
     return [
         *named,
         Case("1x1536x2048-fp32", batch=1, dim=1536, length=2048, tags=("bench-cpu", "tune-cpu")),
+        Case("2x24x200-fp32", dim=24, length=200, tags=("tune-small",)),
         Case("4x768x512-fp32", batch=4, dim=768, length=512, tags=("bench-cpu", "tune-cpu")),
         Case("1x256x16384-fp32", batch=1, dim=256, length=16384, tags=("bench-cpu", "tune-cpu")),
     ]

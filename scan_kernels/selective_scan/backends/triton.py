@@ -170,7 +170,7 @@ def backward(
         *_projection(B), *_projection(C),
         problem.batch * problem.groups * problem.state * problem.length if problem.deterministic else 0,
         problem.dim if problem.deterministic else 0,
-        **tiling, ATOMIC_BLOCKS=atomic and blocks > 1, ATOMIC_ROWS=atomic and problem.rows * pieces > 1,
+        **tiling, HALVINGS=config.block_dim.bit_length() - 1, ATOMIC_BLOCKS=atomic and blocks > 1, ATOMIC_ROWS=atomic and problem.rows * pieces > 1,
     )  # fmt: skip
     for name, part in parts.items():
         torch.sum(part, 0, out=getattr(gradients, name))

@@ -11,6 +11,7 @@ tiles never cross a multiple of K, so a state entering step k*K is always a stat
 Steps, rows and strides are 64-bit where they are multiplied.
 """
 
+# ruff: noqa: SIM102 - a condition known at compile time stands in an `if` of its own
 from __future__ import annotations
 
 import triton
@@ -59,6 +60,16 @@ def at_step(x, t: tl.constexpr, BT: tl.constexpr):
     """x[t], [BN, BD]. Summed as integers: adding 0 then folds away, and neither NaN nor -0.0 is touched."""
     here = (tl.arange(0, BT) == t)[:, None, None]
     return tl.sum(tl.where(here, x.to(tl.int32, bitcast=True), 0), axis=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sum_channels(x, HALVINGS: tl.constexpr):
+    """x [BT, BN, 2**HALVINGS] summed over channels. Halving moves only what is still to be added between lanes; a
+    plain sum over lanes would shuffle every value HALVINGS times."""
+    for _ in tl.static_range(HALVINGS):
+        low, high = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+        x = low + high
+    return tl.reshape(x, (x.shape[0], x.shape[1]))
 
 
 @triton.jit
@@ -377,7 +388,7 @@ def backward_kernel(
     B_batch, B_group, B_n, B_t, C_batch, C_group, C_n, C_t, part_block, part_row,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
     TIME_CONTIGUOUS: tl.constexpr, PACKED: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ATOMIC_BLOCKS: tl.constexpr, ATOMIC_ROWS: tl.constexpr,
+    HALVINGS: tl.constexpr, ATOMIC_BLOCKS: tl.constexpr, ATOMIC_ROWS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a piece of a row: states recomputed from ``states`` a tile at a time, latest tile first.
 
@@ -469,6 +480,9 @@ def backward_kernel(
         td_ok = t_ok[:, None] & d_ok[None, :]
         v = load_lines(u, t, d, u_line, td_ok, TIME_CONTIGUOUS)
         raw, size = step_sizes(load_lines(delta, t, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS)
+        dy = load_lines(dout, t, d, dout_line, td_ok, TIME_CONTIGUOUS)
+        if z is not None:
+            gate = load_lines(z, t, d, z_line, td_ok, TIME_CONTIGUOUS)
         if B_t is not None:
             B_tile = load_projection(B, t, t_ok, n, n_ok, B_n, B_t)
         if C_t is not None:
@@ -477,9 +491,7 @@ def backward_kernel(
         b = (size * v)[:, None, :] * B_tile
         hs, decayed, _ = run_states(a, b, h, BT)
 
-        dy = load_lines(dout, t, d, dout_line, td_ok, TIME_CONTIGUOUS)
         if z is not None:
-            gate = load_lines(z, t, d, z_line, td_ok, TIME_CONTIGUOUS)
             open_ = sigmoid(gate)
             y = tl.sum(hs * C_tile, axis=1)
             if D is not None:
@@ -487,6 +499,13 @@ def backward_kernel(
             slope = dy * y * open_ * (1.0 + gate * (1.0 - open_))
             tl.store(dz + line_offsets(t, d, dz_line, TIME_CONTIGUOUS), slope.to(dz.dtype.element_ty), mask=td_ok)
             dy *= gate * open_
+        tn = t[:, None] + n.to(tl.int64)[None, :] * length
+        tn_ok = t_ok[:, None] & n_ok[None, :]
+        dC_tile = dy[:, None, :] * hs
+        if C_t is not None:
+            add_or_store(dC + tn, sum_channels(dC_tile, HALVINGS), tn_ok, ATOMIC_BLOCKS)
+        else:
+            dC_sum += tl.sum(dC_tile, axis=0)
         c = dy[:, None, :] * C_tile
         G, x = run_adjoint(a, c, x, BT)
 
@@ -505,18 +524,11 @@ def backward_kernel(
         )
         dbias_sum += tl.sum(tl.where(td_ok, dsize, 0.0), axis=0)
         dA_sum += tl.sum(through * size[:, None, :], axis=0)
-        tn = t[:, None] + n.to(tl.int64)[None, :] * length
-        tn_ok = t_ok[:, None] & n_ok[None, :]
         dB_tile = (size * v)[:, None, :] * G
         if B_t is not None:
-            add_or_store(dB + tn, tl.sum(dB_tile, axis=2), tn_ok, ATOMIC_BLOCKS)
+            add_or_store(dB + tn, sum_channels(dB_tile, HALVINGS), tn_ok, ATOMIC_BLOCKS)
         else:
             dB_sum += tl.sum(dB_tile, axis=0)
-        dC_tile = dy[:, None, :] * hs
-        if C_t is not None:
-            add_or_store(dC + tn, tl.sum(dC_tile, axis=2), tn_ok, ATOMIC_BLOCKS)
-        else:
-            dC_sum += tl.sum(dC_tile, axis=0)
 
     part = (row * pieces + piece) * part_row
     add_or_store(dA + part * state + nd, dA_sum, nd_ok, ATOMIC_ROWS)

@@ -1,0 +1,426 @@
+"""Raw CUDA through CuPy: kernels in cuda_forward.cu and cuda_backward.cu, specialised by defines.
+
+This file chooses the variant, fills its parameters and launches; what a kernel does is said at the top of its file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cuda_module import Kernel
+from ..problem import ITEMSIZE, Cotangents, Gradients, Inputs, Outputs, Problem
+
+RANK = 0
+FOLDER = Path(__file__).parent
+FORWARD, BACKWARD = (FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"), (
+    FOLDER / "cuda_common.cuh",
+    FOLDER / "cuda_backward.cu",
+)
+SCAN, LEAVE, ADJOINT = 0, 1, 2  # MODE of cuda_forward.cu
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tunables of one direction."""
+
+    lanes: int  # lanes of a warp that share a channel, each with state/lanes states; a power of two up to 32
+    warps: int  # warps of a block
+    tile: int  # time steps of a tile; 4 to 64, a power of two
+    groups: int = 1  # backward: channel groups a warp walks before dB, dC leave its registers
+    blocks: int = 1  # blocks that must fit on a multiprocessor: bounds the registers
+    splits: int = 1  # parts of a row's time that run in parallel
+    chain: int = 0  # backward: 1: parts hand the adjoint on through flags, 0: an extra pass finds it
+    checkpoint: int = 0  # forward: steps between kept states, a multiple of 16; 0: the op's default
+
+    def __post_init__(self) -> None:
+        if self.lanes not in (1, 2, 4, 8, 16, 32) or self.tile not in (4, 8, 16, 32, 64):
+            raise ValueError(f"config: expected lanes 1..32 and tile 4..64, powers of two, got {self}")
+        if not (1 <= self.warps <= 32 and self.groups >= 1 and self.blocks >= 1 and self.splits >= 1):
+            raise ValueError(f"config: expected warps 1..32 and positive groups, blocks, splits, got {self}")
+        if self.checkpoint % 16:
+            raise ValueError(f"config: checkpoint: expected a multiple of 16, got {self.checkpoint}")
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    @property
+    def channels(self) -> int:
+        """Channels of a block."""
+        return self.warps * 32 // self.lanes * self.groups
+
+
+def supports(problem: Problem) -> str | None:
+    """None if this backend can run the problem, else why not."""
+    if problem.device != "cuda":
+        return "needs a CUDA device"
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed: pip install 'scan-kernels[cuda13]' (or cuda12)"
+    if not torch.version.cuda:
+        return "this torch is not built for CUDA"
+    if _capability() < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    if problem.length >= 2**31 - 64:
+        return "length must be below 2^31"
+    if problem.checkpoint % 16:
+        return f"keeps states every multiple of 16 steps, not every {problem.checkpoint}"
+    return None
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+# ---- configurations -------------------------------------------------------------------------------------------------
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _states(problem: Problem, config: Config) -> int:
+    return _ceil(problem.state, config.lanes) * config.lanes
+
+
+def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
+    """Shared memory of a block: mirrors the carving at the top of each kernel."""
+    states, tile = _states(problem, config), config.channels * config.tile
+    projection = states * (config.tile + 4)
+    if problem.direction == "forward" or mode != SCAN:
+        tiles = (mode != ADJOINT and not problem.constant_B) + (mode != LEAVE and not problem.constant_C)
+        return 4 * (2 * tile + 2 * tiles * projection)
+    subtiles = problem.checkpoint // config.tile
+    item = ITEMSIZE[problem.dtype]
+    own = max(1, tile // config.threads)
+    raw = 2 * (4 if problem.has_z else 3) * _ceil(own * item, 4) * config.threads
+    per_state = (2 if subtiles == 1 else subtiles) + 3 + problem.constant_B + problem.constant_C
+    flush = config.warps * 2 * states * config.tile
+    return 4 * (3 * tile + 4 * projection + config.channels * states * per_state + flush + raw)
+
+
+def _registers_fit(problem: Problem, config: Config) -> bool:
+    """Whether the values that must live in registers fit without spilling."""
+    per = _ceil(problem.state, config.lanes)
+    budget = min(255, 65536 // (config.threads * config.blocks))
+    own = max(1, config.channels * config.tile // config.threads)
+    words = _ceil(own * ITEMSIZE[problem.dtype], 4)
+    if problem.direction == "forward":
+        projections = _ceil(_states(problem, config) * config.tile * ITEMSIZE[problem.dtype], 4 * config.threads)
+        return 2 * per + 5 * words + 2 * projections + 64 <= budget
+    return per * config.tile <= 32 and budget >= 168
+
+
+def _valid(problem: Problem, device: Any, config: Config) -> bool:
+    per = _ceil(problem.state, config.lanes)
+    if problem.direction == "forward":
+        if config.tile % 16 or config.groups != 1 or config.chain:
+            return False
+    else:
+        if problem.checkpoint % config.tile or config.groups > config.lanes or (config.chain and problem.sequences):
+            return False
+        values, per_warp = per * config.tile, 32 // config.lanes
+        if values % per_warp and per_warp % values:
+            return False
+        if 65536 // (config.threads * config.blocks) < 168:
+            return False
+    own = max(1, config.channels * config.tile // config.threads)
+    if own > config.tile or own * ITEMSIZE[problem.dtype] > 64 or config.threads > 1024:
+        return False
+    return shared_bytes(problem, config) <= device.shared_memory and _registers_fit(problem, config)
+
+
+def configs(problem: Problem, device: Any) -> list[Config]:
+    """Valid candidates for this problem, the first a good default."""
+    make = _forward_configs if problem.direction == "forward" else _backward_configs
+    found = [c for c in dict.fromkeys(make(problem, device)) if _valid(problem, device, c)]
+    if not found:
+        raise ValueError(f"no configuration of the cuda backend fits {problem} on {device.name}")
+    return found
+
+
+def _forward_configs(problem: Problem, device: Any) -> list[Config]:
+    rows = problem.rows * problem.dim
+    most = min(32, _power_of_two(problem.state))
+    least = min(most, max(1, _power_of_two(_ceil(problem.state, 16)), 2 if problem.state >= 8 else 1))
+    wanted = 9.5 * device.units * 32  # lanes that keep every scheduler busy
+    lanes = least
+    while lanes < min(most, 16) and rows * lanes < wanted:
+        lanes *= 2
+    # with few channels, time is cut instead: two passes cost about 1.65 of one that fills the device
+    per_row = problem.length / problem.rows if problem.sequences else problem.length
+    longest = max(1, int(per_row // 512))
+    splits = 1
+    if rows * lanes < 0.6 * wanted and longest > 1:
+        lanes = max(least, min(most, 4))
+        splits = min(longest, max(1, round(1.7 * wanted / (rows * lanes))))
+    tiles = (32, 16) if _power_of_two(problem.state) <= 64 else (16,)
+    first = [Config(lanes, warps, tile, splits=splits) for tile in tiles for warps in (4, 2, 8)]
+    near = [
+        Config(other, warps, tile, splits=cut)
+        for other in (lanes, lanes * 2, lanes // 2)
+        if least <= other <= most
+        for cut in dict.fromkeys((splits, splits * 2, _ceil(splits, 2), 1))
+        if cut <= longest
+        for warps in (4, 8)
+        for tile in tiles
+    ]
+    last = [Config(x, w, 16) for x in (most, least) for w in (2, 1)]
+    return first + near + last
+
+
+def _backward_configs(problem: Problem, device: Any) -> list[Config]:
+    per = 1 if problem.state == 1 else 2
+    lanes = min(32, _power_of_two(_ceil(problem.state, per)))
+    per = _ceil(problem.state, lanes)
+    tile = min(16, 32 // _power_of_two(per))
+    per_group = problem.dim // problem.groups
+    found = []
+    for warps, groups in ((4, 8), (4, 4), (4, 2), (8, 4), (8, 2), (4, 1), (2, 4), (2, 2), (2, 1), (1, 1)):
+        groups = min(groups, lanes)
+        if groups > 1 and warps * 32 // lanes * groups // 2 >= per_group:
+            continue  # half of the block's channels would not exist
+        base = Config(lanes, warps, tile, groups, blocks=2 if warps == 4 else 4 if warps < 4 else 1)
+        blocks = problem.groups * _ceil(per_group, base.channels)
+        fits = max(1, min(base.blocks, 227 * 1024 // max(1, shared_bytes(problem, base) + 1024)))
+        resident = device.units * fits
+        for splits, chain in _backward_splits(problem, blocks, resident):
+            found.append(dataclasses.replace(base, splits=splits, chain=chain))
+    # the best of each shape first, then their other splits
+    firsts = [c for i, c in enumerate(found) if c[:4] not in [f[:4] for f in found[:i]]] if False else found
+    return firsts
+
+
+def _backward_splits(problem: Problem, blocks: int, resident: int) -> list[tuple[int, int]]:
+    """(splits, chain) worth trying for a launch of rows*blocks blocks, ``resident`` of which run at a time."""
+    work = problem.rows * blocks
+    per_row = problem.length / problem.rows if problem.sequences else problem.length
+    longest = max(1, int(per_row // max(64, problem.checkpoint)))
+    single = (1, 0)
+    if work >= resident and not problem.sequences:
+        chained = (min(longest, 8), 1)
+        return [chained, single] if longest > 1 and work % resident else [single, chained]
+    if work >= resident or longest == 1:
+        return [single]
+    fill = min(longest, max(1, int(2 * resident / work)))
+    return list(dict.fromkeys([(fill, 0), (min(longest, max(1, resident // work)), 0), single]))
+
+
+# ---- launching ------------------------------------------------------------------------------------------------------
+
+SIZES = (
+    "length", "rows", "dim", "groups", "blocks", "splits", "span", "checkpoint", "wide_offsets", "bc_partial",
+    *(f"{t}_{axis}" for t in ("u", "delta", "z", "out", "dout", "grad") for axis in ("batch", "dim", "step")),
+    *(f"{t}_{axis}" for t in ("B", "C") for axis in ("batch", "group", "state", "step")),
+)  # fmt: skip
+SCALARS = ("u", "delta", "z", "out", "dout", "du", "ddelta", "dz", "B", "C", "cu_seqlens", "tickets")
+FLOATS = (
+    "A", "D", "delta_bias", "initial_state", "last_state", "states", "span_end", "span_time",
+    "dA", "dB", "dC", "dD", "ddelta_bias", "dinitial_state",
+)  # fmt: skip
+FIELDS = dict.fromkeys(SCALARS, "void*") | dict.fromkeys(FLOATS, "float*") | dict.fromkeys(SIZES, "long long")
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+def _is_aligned(tensors: list[Tensor], axis: int, width: int) -> bool:
+    """Whether runs of ``width`` elements along the axis always start at a multiple of their size."""
+    for t in tensors:
+        size = t.element_size()
+        others = [s for i, s in enumerate(t.stride()) if i != axis % t.ndim and t.shape[i] > 1]
+        if t.data_ptr() % (width * size) or any(s % width for s in others):
+            return False
+    return True
+
+
+def defines(problem: Problem, config: Config, aligned: tuple[bool, bool, bool], axes: tuple[int, int]) -> dict[str, int]:
+    """What a variant is specialised by. aligned: u and its like, B, C. axes: 0 length-, 1 state-contiguous B, C."""
+    return {
+        "DTYPE": DTYPES[problem.dtype],
+        "STATE": problem.state,
+        "LANES": config.lanes,
+        "WARPS": config.warps,
+        "TILE": config.tile,
+        "GROUPS": config.groups,
+        "MIN_BLOCKS": config.blocks,
+        "DIM_LAYOUT": int(problem.layout == "dim"),
+        "ALIGNED": int(aligned[0]),
+        "B_ALIGNED": int(aligned[1]),
+        "C_ALIGNED": int(aligned[2]),
+        "B_AXIS": axes[0],
+        "C_AXIS": axes[1],
+        "CONST_B": int(problem.constant_B),
+        "CONST_C": int(problem.constant_C),
+        "HAS_D": int(problem.has_D),
+        "HAS_Z": int(problem.has_z),
+        "HAS_BIAS": int(problem.has_bias),
+        "SOFTPLUS": int(problem.softplus),
+        "PACKED": int(problem.sequences > 0),
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(files: tuple[Path, ...], name: str, items: tuple[tuple[str, int], ...]) -> Kernel:
+    return Kernel(files, FIELDS, dict(items), name)
+
+
+def _own_width(problem: Problem, config: Config) -> int:
+    """Elements of a thread's widest single access to u: up to 16 bytes along time, 4 bytes along channels."""
+    item = ITEMSIZE[problem.dtype]
+    own = max(1, config.channels * config.tile // config.threads)
+    if problem.layout == "dim":
+        return min(own, 4 // item)
+    return min(own, 16 // item)
+
+
+def _describe(problem: Problem, i: Inputs, config: Config, like_u: dict[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+    """The defines and the parameters that every kernel of a call shares."""
+    sequence = {"u": i.u, "delta": i.delta, **({"z": i.z} if i.z is not None else {}), **like_u}
+    axis = 1 if problem.layout == "dim" else 2
+    aligned = [_is_aligned(list(sequence.values()), axis, _own_width(problem, config))]
+    axes = []
+    values = {"length": problem.length, "rows": problem.rows, "dim": problem.dim, "groups": problem.groups}
+    for name, t in sequence.items():
+        key = "grad" if name == "du" else name
+        values |= {f"{key}_batch": t.stride(0), f"{key}_dim": t.stride(1), f"{key}_step": t.stride(2)}
+        values[name] = t.data_ptr()
+    for name, t in (("B", i.B), ("C", i.C)):
+        values[name] = t.data_ptr()
+        state_axis = t.ndim == 4 and t.stride(3) != 1 and t.stride(2) == 1
+        axes.append(int(state_axis))
+        aligned.append(t.ndim == 2 or _is_aligned([t], 2 if state_axis else 3, 4))
+        if t.ndim == 4:
+            values |= {f"{name}_{a}": t.stride(k) for k, a in enumerate(("batch", "group", "state", "step"))}
+    for name in ("A", "D", "delta_bias", "initial_state", "cu_seqlens"):
+        if (t := getattr(i, name)) is not None:
+            values[name] = t.data_ptr()
+    values["wide_offsets"] = int(i.cu_seqlens is not None and i.cu_seqlens.dtype == torch.int64)
+    values["checkpoint"] = problem.checkpoint
+    return defines(problem, config, (aligned[0], aligned[1], aligned[2]), (axes[0], axes[1])), values
+
+
+def _spans(problem: Problem, config: Config, unit: int) -> tuple[int, int, int]:
+    """(splits, span in steps, slots): spans are a whole number of tiles and of kept states."""
+    unit = max(unit, config.tile)
+    longest = problem.length  # of a packed sequence it is not known here: an upper bound
+    span = _ceil(_ceil(longest if not problem.sequences else _ceil(longest, problem.rows), config.splits), unit) * unit
+    if config.splits == 1 or (not problem.sequences and span >= longest):
+        return 1, _ceil(longest, unit) * unit, problem.rows
+    if problem.sequences:
+        return config.splits, span, problem.length // span + problem.rows
+    splits = _ceil(longest, span)
+    return splits, span, splits * problem.rows
+
+
+def _lcm_unit(problem: Problem, tile: int) -> int:
+    unit = max(problem.checkpoint, 1)
+    while unit % tile:
+        unit += problem.checkpoint or 1
+    return unit
+
+
+def _block_count(problem: Problem, config: Config) -> int:
+    return problem.groups * _ceil(problem.dim // problem.groups, config.channels)
+
+
+def _enter_spans(problem: Problem, base: dict[str, int], values: dict[str, int], config: Config, mode: int, slots: int) -> None:
+    """Fill span_end with the state (or adjoint) that enters each span: one state-only pass and `combine`."""
+    items = base | {"MODE": mode, "TILE": config.tile, "GROUPS": 1, "LANES": config.lanes, "WARPS": config.warps}
+    key = tuple(sorted(items.items()))
+    blocks = _block_count(problem, config)
+    shared = shared_bytes(problem, config, mode)
+    _kernel(FORWARD, "scan", key)(blocks * slots, config.threads, shared, values | {"blocks": blocks})
+    threads = problem.rows * problem.dim * problem.state
+    _kernel(FORWARD, "combine", key)(_ceil(threads, 256), 256, 0, values)
+
+
+def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) -> None:
+    """Run the scan. See the module's kernels; ``Outputs`` says what is written."""
+    base, values = _describe(problem, inputs, config, {"out": outputs.out})
+    splits, span, slots = _spans(problem, config, _lcm_unit(problem, config.tile))
+    values |= {"splits": splits, "span": span}
+    if outputs.states is not None:
+        values["states"] = outputs.states.data_ptr()
+    if outputs.last_state is not None:
+        values["last_state"] = outputs.last_state.data_ptr()
+    if splits > 1:
+        scratch = inputs.u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
+        values["span_end"] = scratch.data_ptr()
+        values["span_time"] = scratch.data_ptr() + 4 * slots * problem.dim * problem.state
+        _enter_spans(problem, base, values, config, LEAVE, slots)
+    blocks = _block_count(problem, config)
+    kernel = _kernel(FORWARD, "scan", tuple(sorted((base | {"MODE": SCAN}).items())))
+    kernel(blocks * slots, config.threads, shared_bytes(problem, config), values | {"blocks": blocks})
+
+
+def backward(
+    problem: Problem, inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients, config: Config
+) -> None:
+    """Fill the gradients. Sums over rows and channels are atomic, or per block and added in order if deterministic."""
+    u, g = inputs.u, gradients
+    base, values = _describe(problem, inputs, config, {"dout": cotangents.dout, "du": g.du})
+    values |= {"ddelta": g.ddelta.data_ptr(), "dz": g.dz.data_ptr() if g.dz is not None else 0}
+    splits, span, slots = _spans(problem, config, _lcm_unit(problem, config.tile))
+    blocks = _block_count(problem, config)
+    chain = config.chain if splits > 1 else 0
+    values |= {"splits": splits, "span": span, "blocks": blocks, "states": states.data_ptr()}
+    if cotangents.dlast_state is not None:
+        values["last_state"] = cotangents.dlast_state.data_ptr()
+    if g.dinitial_state is not None:
+        values["dinitial_state"] = g.dinitial_state.data_ptr()
+    keep = []  # scratch that must outlive the launches
+    if splits > 1:
+        scratch = u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
+        keep.append(scratch)
+        values["span_end"] = scratch.data_ptr()
+        values["span_time"] = scratch.data_ptr() + 4 * slots * problem.dim * problem.state
+        if chain:
+            tickets = u.new_zeros(1 + slots * blocks, dtype=torch.int32)
+            keep.append(tickets)
+            values["tickets"] = tickets.data_ptr()
+        else:
+            adjoint = dataclasses.replace(
+                config, groups=1, lanes=min(config.lanes, 4 if problem.state <= 64 else config.lanes), tile=16 if problem.state > 64 else 32
+            )
+            d = cotangents.dout
+            swapped = values | {"u": d.data_ptr(), "u_batch": d.stride(0), "u_dim": d.stride(1), "u_step": d.stride(2)}
+            if span % adjoint.tile:
+                adjoint = dataclasses.replace(adjoint, tile=16)
+            _enter_spans(problem, base | {"MIN_BLOCKS": 1}, swapped, adjoint, ADJOINT, slots)
+
+    # where the kernel adds (or, deterministic, stores its part of) each sum
+    sums = {"dA": g.dA, "dD": g.dD, "ddelta_bias": g.ddelta_bias, "dB": g.dB, "dC": g.dC}
+    per_group = blocks // problem.groups
+    parts: dict[str, Tensor] = {}
+    for name, total in sums.items():
+        if total is None:
+            continue
+        if problem.deterministic:
+            variable = name in ("dB", "dC") and total.ndim == 4
+            # a packed slot that no sequence owns stays zero
+            make = u.new_zeros if problem.sequences else u.new_empty
+            parts[name] = make((per_group if variable else slots, *total.shape), dtype=torch.float32)
+            if variable:
+                values["bc_partial"] = total.numel()
+        else:
+            parts[name] = total.zero_()
+        values[name] = parts[name].data_ptr()
+    variant = base | {"CHAIN": chain, "PARTIALS": int(problem.deterministic), "SUBTILES": problem.checkpoint // config.tile}
+    kernel = _kernel(BACKWARD, "scan_backward", tuple(sorted(variant.items())))
+    count = blocks * slots
+    if chain:
+        count = min(count, torch.cuda.get_device_properties(u.device).multi_processor_count * config.blocks)
+    kernel(count, config.threads, shared_bytes(problem, config), values)
+    if problem.deterministic:
+        for name, part in parts.items():
+            torch.sum(part, 0, out=sums[name])
