@@ -270,16 +270,17 @@ def test_padding_anywhere_changes_nothing(options):
     mask = torch.tensor(
         [[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 1, 0, 0], [0] * 7]
     )
-    x = torch.randn(5, 7, 24).masked_fill(mask[..., None] == 0, math.nan)
-    cache = mamba.allocate_cache(5)
+    mask = mask[:, torch.randperm(7)]
+    x = torch.randn(5, 7, 24).masked_fill(mask[..., None] == 0, math.nan).requires_grad_()
+    cache, single_caches = mamba.allocate_cache(5), [mamba.allocate_cache(1) for _ in range(5)]
     out = mamba(x, mask=mask, cache=cache)
     assert not out[mask == 0].any()
+    single = torch.cat([mamba(x[r : r + 1, mask[r] == 1], cache=single_caches[r])[0] for r in range(5)])
+    close(out[mask == 1], single)
+    close_gradients(gradients(mamba, out[mask == 1], x), gradients(mamba, single, x))
     follow = torch.randn(5, 1, 24)
     after = mamba.step(follow, cache)
-    for row in range(5):
-        alone = mamba.allocate_cache(1)
-        close(out[row, mask[row] == 1], mamba(x[row, mask[row] == 1][None], cache=alone)[0])
-        close(after[row : row + 1], mamba.step(follow[row : row + 1], alone))
+    close(after, torch.cat([mamba.step(follow[r : r + 1], single_caches[r]) for r in range(5)]))
 
 
 def test_a_bad_value_stays_in_its_sequence_and_future():

@@ -11,7 +11,7 @@ A byte-level model, trained for a few steps:
 ...     loss = torch.nn.functional.cross_entropy(model(text[None, :-1])[0], text[1:])
 ...     optimizer.zero_grad()
 ...     loss.backward()
-...     _ = optimizer.step()
+...     optimizer.step()
 >>> print("learned" if loss < 0.5 else f"loss {loss:.2f}")
 learned
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ class Mamba(nn.Module):
                 _fail("mask", f"shape {(batch, length)}, without cu_seqlens", tuple(mask.shape))
             mask = mask.bool()
             cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))
-            packed = self(hidden_states[mask][None], cu_seqlens=cu_seqlens, cache=cache)[0]
+            packed = self.forward(hidden_states[mask][None], cu_seqlens=cu_seqlens, cache=cache)[0]
             return packed.new_zeros(batch, length, self.d_model).index_put((mask,), packed)
         if cu_seqlens is not None and batch != 1:
             _fail("hidden_states", "batch 1 with cu_seqlens", batch)
@@ -223,5 +223,5 @@ class Mamba(nn.Module):
                 _fail(f"cache.{name}", f"shape {expected}", tuple(t.shape))
 
 
-def _fail(name: str, expected: str, got: object):
+def _fail(name: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"Mamba: {name}: expected {expected}, got {got}")
