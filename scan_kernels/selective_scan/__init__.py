@@ -14,12 +14,13 @@ Glossary (the names are the Mamba paper's and mamba-ssm's):
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..op import Choice, Op, decode_choice, encode_choice
+from ..op import BackendUnavailable, Choice, Op, decode_choice, encode_choice
 from .problem import MAX_STATE, Cotangents, Gradients, Inputs, Outputs, Problem, default_checkpoint
 
 OP = Op("selective_scan", package=__name__)
@@ -80,9 +81,10 @@ def selective_scan(
     ``torch.use_deterministic_algorithms``. Under autocast, u, delta, z and variable B, C are cast to its dtype.
 
     Errors: TypeError or ValueError that names the argument, what was expected and what came;
-    ``BackendUnavailable`` if the backend asked for cannot run, listing each backend with its reason.
+    ``BackendUnavailable`` if the backend asked for cannot run, listing each backend with its reason. Second
+    derivatives are not implemented: a RuntimeError where they are asked for.
     """
-    if isinstance(u, Tensor) and torch.is_autocast_enabled(u.device.type):
+    if isinstance(u, Tensor) and _autocast(u.device.type):
         low = torch.get_autocast_dtype(u.device.type)
         u, delta, z = (_cast(t, low) for t in (u, delta, z))
         B, C = (t if isinstance(t, Tensor) and t.ndim == 2 else _cast(t, low) for t in (B, C))
@@ -93,7 +95,7 @@ def selective_scan(
         deterministic = torch.are_deterministic_algorithms_enabled()
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    forward, backward = (config.get("forward"), config.get("backward")) if isinstance(config, dict) else (config, None)
+    forward, backward = _configs(backend, config)
     checkpoint = (getattr(forward, "checkpoint", 0) or default_checkpoint(A.shape[1])) if keep else 0
     choice = "" if backend == "auto" and config is None else encode_choice(backend, forward, backward)
     out, last_state, _ = _scan(
@@ -107,16 +109,25 @@ def fastest(problem: Problem | dict[str, Any], device: torch.device | str | None
 
     problem: a ``Problem``, or the arguments of ``selective_scan`` by name ({"u": ..., "delta": ..., ...}).
     device: where it would run; by default the tensors' device, or the current device of ``problem.device``.
+
+    Errors: those of ``selective_scan``.
     """
     if isinstance(problem, dict):
         flags = dict(problem)
         softplus, last = flags.pop("delta_softplus", False), flags.pop("return_last_state", False)
-        inputs = _normal_form(*(flags.pop(name, None) for name in Inputs._fields))
+        tensors = [flags.pop(name, None) for name in Inputs._fields]
         if flags:
-            raise TypeError(f"problem: unknown arguments {sorted(flags)}")
+            _fail(TypeError, "problem", "arguments of selective_scan that decide what runs", sorted(flags))
+        _validate(*tensors)
+        inputs = _normal_form(*tensors)
         device = device or inputs.u.device
-        problem = _problem("forward", inputs, softplus, last, 0, False)
-    return OP.resolve(problem, torch.device(device or problem.device))
+        problem = _problem("forward", inputs, bool(softplus), bool(last), 0, False)
+    if not isinstance(problem, Problem):
+        _fail(TypeError, "problem", "a Problem or the arguments of selective_scan by name", type(problem).__name__)
+    device = torch.device(device or problem.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("selective_scan: this machine has no CUDA device")
+    return OP.resolve(problem, device)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -126,8 +137,23 @@ def _cast(t, dtype):
     return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _fail(kind: type, name: str, expected: str, got: Any):
     raise kind(f"selective_scan: {name}: expected {expected}, got {got}")
+
+
+def _configs(backend: Any, config: Any) -> tuple[Any, Any]:
+    """The explicit configurations (forward, backward), None where there is none."""
+    if not isinstance(backend, str):
+        _fail(TypeError, "backend", 'a name, such as "auto"', backend)
+    given = config if isinstance(config, dict) else {"forward": config}
+    instances = (dataclasses.is_dataclass(c) and not isinstance(c, type) for c in given.values() if c is not None)
+    if set(given) - {"forward", "backward"} or not all(instances):
+        _fail(TypeError, "config", 'a backend\'s Config or {"forward": Config, "backward": Config}', config)
+    return given.get("forward"), given.get("backward")
 
 
 def _validate(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) -> None:
@@ -141,6 +167,8 @@ def _validate(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) ->
             continue
         if not isinstance(t, Tensor):
             _fail(TypeError, name, "a torch.Tensor", type(t).__name__)
+        if t.layout != torch.strided:
+            _fail(TypeError, name, "a dense tensor", t.layout)
         if t.device != u.device:
             _fail(ValueError, name, f"a tensor on {u.device}, as u", t.device)
     if u.dtype not in DTYPES:
@@ -203,7 +231,7 @@ def _layout(u: Tensor) -> str:
     return "dim" if u.stride(1) == 1 and u.stride(2) != 1 and u.shape[1] > 1 and u.shape[2] > 1 else "length"
 
 
-def _as_layout(t: Tensor | None, layout: str) -> Tensor | None:
+def _as_layout(t: Tensor | None, layout: str) -> Any:
     """t with stride 1 along the layout's axis: itself where it lies so, else a copy."""
     if t is None:
         return None
@@ -254,8 +282,16 @@ def _rows(u: Tensor, cu_seqlens: Tensor | None):
     return u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+def _empty(u: Tensor) -> Tensor:
+    """Uninitialised memory of the shape and layout of u, dense whatever the strides of u are."""
+    if _layout(u) == "length":
+        return u.new_empty(u.shape)
+    batch, dim, length = u.shape
+    return u.new_empty((batch, length, dim)).transpose(1, 2)
+
+
 def _allocate(u, A, cu_seqlens, last_state, checkpoint) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised outputs; what is not asked for is an empty tensor, since an op's schema knows no optional outputs."""
+    """Uninitialised outputs; an empty tensor for what is not asked for: a schema knows no optional outputs."""
     rows, (dim, state) = _rows(u, cu_seqlens), A.shape
     slots = 0
     if checkpoint:
@@ -263,7 +299,7 @@ def _allocate(u, A, cu_seqlens, last_state, checkpoint) -> tuple[Tensor, Tensor,
         slots = length // checkpoint + rows if cu_seqlens is not None else rows * (-(-length // checkpoint))
     f32 = {"dtype": torch.float32, "device": u.device}
     return (
-        torch.empty_like(u),
+        _empty(u),
         torch.empty((rows, dim, state) if last_state else (0,), **f32),
         torch.empty((slots, dim, state) if checkpoint else (0,), **f32),
     )
@@ -303,18 +339,14 @@ def _scan(
         return out, last, states
     problem = _problem("forward", inputs, softplus, last_state, checkpoint, deterministic)
     chosen = OP.resolve(problem, u.device, *decode_choice(OP, choice, "forward"))
-    # out is like u as it came; a u of mixed strides was copied, and then the kernel writes a copy's twin
-    direct = _layout(out) == problem.layout and 1 in out.stride()
-    target = out if direct else torch.empty_like(inputs.u)
+    outputs = Outputs(out, last if last_state else None, states if checkpoint else None)
     with _on(u.device):
-        chosen.module.forward(
-            problem, inputs, Outputs(target, last if last_state else None, states if checkpoint else None), chosen.config
-        )
-    return (out if direct else out.copy_(target)), last, states
+        chosen.module.forward(problem, inputs, outputs, chosen.config)
+    return out, last, states
 
 
 @_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, last_state, checkpoint, deterministic, choice):  # fmt: skip
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, last_state, checkpoint, deterministic, choice):  # fmt: skip  # noqa: E501
     return _allocate(u, A, cu_seqlens, last_state, checkpoint)
 
 
@@ -323,12 +355,12 @@ def _allocate_gradients(u, A, B, C, D, z, delta_bias, initial_state) -> Gradient
         return None if t is None else torch.empty(t.shape, dtype=torch.float32, device=t.device)
 
     return Gradients(
-        torch.empty_like(u), torch.empty_like(u), f32(A), f32(B), f32(C), f32(D),
-        None if z is None else torch.empty_like(u), f32(delta_bias), f32(initial_state),
+        _empty(u), _empty(u), f32(A), f32(B), f32(C), f32(D),
+        None if z is None else _empty(u), f32(delta_bias), f32(initial_state),
     )  # fmt: skip
 
 
-def _present(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
+def _present(gradients: Gradients, like: Tensor) -> Any:
     return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -354,7 +386,7 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in the order of ``Gradients``; an empty tensor stands for an input that was not given."""
     inputs = _normal_form(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    gradients = _allocate_gradients(inputs.u, A, B, C, D, z, delta_bias, initial_state)
+    gradients = _allocate_gradients(u, A, B, C, D, z, delta_bias, initial_state)
     if u.numel() == 0:
         for g in gradients:
             if g is not None:
@@ -372,9 +404,8 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(dout, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, checkpoint, deterministic, choice):  # fmt: skip
-    # _as_layout decides as the real op does, on the strides the fake tensors carry
-    return _present(_allocate_gradients(_as_layout(u, _layout(u)), A, B, C, D, z, delta_bias, initial_state), u)
+def _(dout, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, checkpoint, deterministic, choice):  # fmt: skip  # noqa: E501
+    return _present(_allocate_gradients(u, A, B, C, D, z, delta_bias, initial_state), u)
 
 
 def _setup_context(ctx, inputs, output):
@@ -386,7 +417,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, dlast_state, _):
     if not ctx.checkpoint:
-        raise RuntimeError("scan_kernels::selective_scan was called with checkpoint=0, which keeps nothing for a backward")
+        raise RuntimeError(
+            "scan_kernels::selective_scan was called with checkpoint=0, which keeps nothing for a backward"
+        )
     states, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = ctx.saved_tensors
     if dlast_state is not None and dlast_state.numel() == 0:
         dlast_state = None
@@ -402,4 +435,9 @@ def _backward(ctx, dout, dlast_state, _):
     )  # fmt: skip
 
 
+def _second(ctx, *_):
+    raise RuntimeError("selective_scan: second derivatives (the gradient of its gradient) are not implemented")
+
+
 _scan.register_autograd(_backward, setup_context=_setup_context)
+_scan_backward.register_autograd(_second)

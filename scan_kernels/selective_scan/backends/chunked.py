@@ -34,6 +34,10 @@ RANK = 2
 class Config:
     chunk: int = 64  # steps of a chunk; where states are kept, the distance between them is used instead
 
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise ValueError(f"chunk: expected at least 1 step, got {self.chunk}")
+
 
 def supports(problem: Problem) -> str | None:
     return None
