@@ -35,32 +35,40 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
+# (tile elements a thread holds, time steps, fewest channels), best guess first. The backward holds seven tiles at
+# once, the forward three, so it takes smaller ones; its sums over channels want many of them in a program.
+_TILES = {
+    "forward": [(64, 16, 8), (32, 16, 8), (64, 16, 16), (32, 16, 4), (64, 8, 16), (32, 8, 8), (128, 16, 16)],
+    "backward": [(32, 8, 8), (32, 8, 16), (32, 8, 32), (32, 16, 4), (16, 16, 8), (16, 8, 8), (64, 8, 16)],
+}
+
+
 def configs(problem: Problem, device: Device) -> list[Config]:
-    """Candidates, the first a good default: about 64 (forward) or 32 (backward) tile elements a thread."""
-    BN, per_group = triton.next_power_of_2(problem.state), triton.next_power_of_2(problem.dim // problem.groups)
-    longest = problem.checkpoint or problem.length
+    """Candidates, the first a good default."""
+    channels = triton.next_power_of_2(problem.dim // problem.groups)
     if device.kind == "cpu":
-        small = Config(min(4, per_group), 16, 1, 1)
+        small = Config(min(4, channels), 16, 1, 1)
         return [small, dataclasses.replace(small, block_time=4), dataclasses.replace(small, splits=3)]
-    forward = problem.direction == "forward"
-    found: list[Config] = []
-    for per_thread, BT in (
-        ((64, 16), (32, 16), (64, 8), (32, 8), (128, 16)) if forward else ((32, 16), (64, 16), (32, 8), (64, 8))
-    ):
-        BT = min(BT, triton.next_power_of_2(longest))
-        for warps in (1, 2, 4, 8):
-            # a tile of channels x states that keeps all lanes busy, so that time stays within a thread
-            BD = min(per_group, max(1, per_thread * 32 * warps // (BT * BN)))
-            if BD * BN < 32 * warps or BD > 64:
-                continue
-            programs = problem.rows * problem.groups * -(-problem.dim // problem.groups // BD)
-            found.append(Config(BD, BT, warps, _splits(problem, device, programs * warps)))
-            break
-    found = found or [Config(per_group, min(16, triton.next_power_of_2(longest)), 1, 1)]
-    found += [
-        dataclasses.replace(c, splits=s) for c in found[:1] for s in (1, 2, 4, 8, 16, 32) if s * 256 <= problem.length
-    ]
+    tiles = _TILES[problem.direction]
+    if problem.direction == "backward" and problem.deterministic:
+        tiles = sorted(tiles, key=lambda tile: -tile[2])  # each block of channels keeps its own part of dB and dC
+    found = [_config(problem, device, *tile, channels) for tile in tiles]
+    pieces = [s for s in (1, 2, 4, 8, 16, 32) if problem.length >= 256 * s and not problem.sequences]
+    found += [dataclasses.replace(c, splits=s) for c in found[:2] for s in pieces]
     return list(dict.fromkeys(found))[:16]
+
+
+def _config(problem: Problem, device: Device, per_thread: int, BT: int, BD: int, channels: int) -> Config:
+    """A tile of at least BD channels that fills whole warps, with time inside a thread."""
+    BN = triton.next_power_of_2(problem.state)
+    BD = min(max(BD, 32 * per_thread // (BT * BN)), 64)
+    while BD > 1 and BT * BN * BD > 8 * 32 * per_thread:
+        BD //= 2
+    BD = min(BD, channels)
+    warps = min(8, max(1, BT * BN * BD // (32 * per_thread)))
+    blocks = triton.cdiv(problem.dim // problem.groups, BD)
+    running = problem.rows * problem.groups * blocks * warps
+    return Config(BD, BT, warps, _splits(problem, device, running))
 
 
 def _splits(problem: Problem, device: Device, warps: int) -> int:
@@ -149,6 +157,7 @@ def backward(
         )  # fmt: skip
         _combine(problem, A, dlast, entering, steps, pieces, reverse=True)
 
+    kept = A.new_empty(problem.rows, pieces, tiling["TILES"], *A.shape) if tiling["TILES"] > 1 else None
     # sums over several programs: atomic additions, or, where order matters, parts that torch adds up
     shared = {"dB": problem.constant_B, "dC": problem.constant_C, "dA": True, "dD": True, "ddelta_bias": True}
     targets, parts = {}, {}
@@ -163,7 +172,7 @@ def backward(
         targets[name] = parts.get(name, gradient)
     atomic = not problem.deterministic
     kernels.backward_kernel[grid](
-        u, delta, A, B, C, D, z, bias, cu, states, dout, dlast, entering,
+        u, delta, A, B, C, D, z, bias, cu, states, kept, dout, dlast, entering,
         gradients.du, gradients.ddelta, targets["dA"], targets["dB"], targets["dC"], targets["dD"], gradients.dz,
         targets["ddelta_bias"], gradients.dinitial_state,
         *sizes, *_strides(problem, u, delta, z, dout, gradients.du, gradients.ddelta, gradients.dz),

@@ -40,6 +40,13 @@ def softplus(x):
 
 
 @triton.jit
+def computed_once(x):
+    """x [BT, B.]. A sum over one thing: the compiler cannot look past it, and so does not move the work of making x to
+    where x is used, which is once for each lane that shares it."""
+    return tl.sum(x[None, :, :], axis=0)
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
@@ -132,7 +139,7 @@ def load_lines(x, t, d, line, mask, TIME_CONTIGUOUS: tl.constexpr):
 def load_projection(M, t, t_ok, n, n_ok, stride_n, stride_t):
     """[BT, BN, 1] of a B or C that varies with time; M points at its batch entry and group."""
     tile = M + t[:, None] * stride_t + n[None, :] * stride_n
-    return tl.load(tile, mask=t_ok[:, None] & n_ok[None, :], other=0.0).to(tl.float32)[:, :, None]
+    return computed_once(tl.load(tile, mask=t_ok[:, None] & n_ok[None, :], other=0.0).to(tl.float32))[:, :, None]
 
 
 @triton.jit
@@ -140,7 +147,7 @@ def step_sizes(delta, bias, mask, SOFTPLUS: tl.constexpr):
     """(before softplus, Δ) of a tile; a masked step has size 0, which leaves the state as it is."""
     raw = delta + bias[None, :]
     if SOFTPLUS:
-        return raw, tl.where(mask, softplus(raw), 0.0)
+        return raw, computed_once(tl.where(mask, softplus(raw), 0.0))
     else:
         return raw, tl.where(mask, raw, 0.0)
 
@@ -380,7 +387,7 @@ def adjoint_kernel(
 
 @triton.jit
 def backward_kernel(
-    u, delta, A, B, C, D, z, bias, cu_seqlens, states, dout, dlast_state, entering,
+    u, delta, A, B, C, D, z, bias, cu_seqlens, states, kept, dout, dlast_state, entering,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial_state,
     dim, state, length, groups, blocks, pieces, span,
     u_batch, u_line, delta_batch, delta_line, z_batch, z_line, dout_batch, dout_line,
@@ -392,6 +399,7 @@ def backward_kernel(
 ):  # fmt: skip
     """All gradients of a piece of a row: states recomputed from ``states`` a tile at a time, latest tile first.
 
+    kept: scratch (rows, pieces, TILES, dim, state) for the states entering an interval's tiles where it has several.
     Programs as in ``forward_kernel``. An argument that is None switches its part off. ``entering`` (rows, pieces,
     dim, state): the adjoint that comes from the piece after; None: ``dlast_state``, or 0.
     dB, dC that vary with time are summed over the program's channels, then over blocks: by atomic additions to the
@@ -417,6 +425,8 @@ def backward_kernel(
     first = piece * span
     stop = tl.minimum(steps, first + span)
     slot = start // K + row if PACKED else row * tl.cdiv(length, K)
+    if TILES > 1:
+        kept += (row * pieces + piece) * TILES * dim * state
     u += batch * u_batch
     delta += batch * delta_batch
     dout += batch * dout_batch
@@ -458,23 +468,29 @@ def backward_kernel(
     while tile > 0:
         tile -= 1
         t0, end = tile_span(tile, first, stop, K, BT, TILES)
-        h = tl.load(states + (slot + t0 // K) * dim * state + nd, mask=nd_ok, other=0.0)
+        h_tile = states + (slot + t0 // K) * dim * state + nd
         if TILES > 1:
-            earlier = tile - tile % TILES
-            while earlier < tile:
-                s = start + t0 + (earlier - tile) * BT + tau
-                s_ok = s < start + end
-                sd_ok = s_ok[:, None] & d_ok[None, :]
-                _, size = step_sizes(
-                    load_lines(delta, s, d, delta_line, sd_ok, TIME_CONTIGUOUS), step_bias, sd_ok, SOFTPLUS
-                )
-                if B_t is not None:
-                    B_tile = load_projection(B, s, s_ok, n, n_ok, B_n, B_t)
-                b = (size * load_lines(u, s, d, u_line, sd_ok, TIME_CONTIGUOUS))[:, None, :] * B_tile
-                a = tl.exp2(size[:, None, :] * rate[None, :, :])
-                _, _, h = run_states(a, b, h, BT)
-                earlier += 1
-
+            sub = tile % TILES
+            if sub == TILES - 1:
+                # coming upon an interval from its end: run through it once, keeping the state that enters each tile
+                r = tl.load(h_tile, mask=nd_ok, other=0.0)
+                s = sub * 0
+                while s < sub:
+                    ts = start + t0 + (s - sub) * BT + tau
+                    s_ok = ts < start + end
+                    sd_ok = s_ok[:, None] & d_ok[None, :]
+                    v = load_lines(u, ts, d, u_line, sd_ok, TIME_CONTIGUOUS)
+                    raw = load_lines(delta, ts, d, delta_line, sd_ok, TIME_CONTIGUOUS)
+                    _, size = step_sizes(raw, step_bias, sd_ok, SOFTPLUS)
+                    if B_t is not None:
+                        B_tile = load_projection(B, ts, s_ok, n, n_ok, B_n, B_t)
+                    a = tl.exp2(size[:, None, :] * rate[None, :, :])
+                    _, _, r = run_states(a, (size * v)[:, None, :] * B_tile, r, BT)
+                    s += 1
+                    tl.store(kept + s * dim * state + nd, r, mask=nd_ok)
+                tl.debug_barrier()
+            h_tile = tl.where(sub == 0, h_tile, kept + sub * dim * state + nd)
+        h = tl.load(h_tile, mask=nd_ok, other=0.0)
         t_ok = t0 + tau < end
         t = start + t0 + tau
         td_ok = t_ok[:, None] & d_ok[None, :]
