@@ -311,14 +311,13 @@ def test_compiled_whole():
 
 def test_learns_to_copy():
     """Repeat the first half after a marker: impossible without carrying the tokens through the scan."""
-    torch.manual_seed(0)
     tokens, half = 4, 4
     model = torch.nn.Sequential(
         torch.nn.Embedding(tokens + 1, 32), Mamba(32, dt_min=0.1, dt_max=1.0), torch.nn.Linear(32, tokens)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(150):
+    for _ in range(60):
         said = torch.randint(tokens, (32, half))
         heard = torch.cat([said, torch.full((32, half), tokens)], 1)
         loss = F.cross_entropy(model(heard)[:, half:].flatten(0, 1), said.flatten())
@@ -327,7 +326,7 @@ def test_learns_to_copy():
         optimizer.step()
         losses.append(loss.item())
     assert math.log(tokens) * 0.9 < losses[0]
-    assert np.mean(losses[-10:]) < 0.5 * math.log(tokens)
+    assert np.mean(losses[-10:]) < 0.2 * math.log(tokens)
 
 
 def test_errors_name_the_argument():
