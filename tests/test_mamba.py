@@ -317,7 +317,7 @@ def test_learns_to_copy():
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         said = torch.randint(tokens, (32, half))
         heard = torch.cat([said, torch.full((32, half), tokens)], 1)
         loss = F.cross_entropy(model(heard)[:, half:].flatten(0, 1), said.flatten())
