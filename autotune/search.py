@@ -61,7 +61,7 @@ def halving(
     times: Times = {}
     look = seconds / 4 / max(1, len(names))
     if len(names) > FINALISTS + len(keep):
-        firsts = list({group(n): n for n in reversed(names)}.values())
+        firsts = list({group(n): n for n in reversed(names)}.values())[::-1]
         times |= yield Round(firsts, look, together=False)
         fastest = min(times.values(), default=0.0)
         lost = {group(n) for n in firsts if times.get(n, 0.0) > HOPELESS_GROUP * fastest}

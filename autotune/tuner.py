@@ -7,13 +7,17 @@ candidate that fails is a trial with a reason: data, not an error.
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Collection, Mapping
 
 import torch
 
 from ..profiling import timer
 from ..profiling.device import Device
-from .search import Name, Strategy
+from .search import HOPELESS_GROUP, Name, Round, Strategy
+
+SLOW_S = 0.02  # a call quicker than this is timed, however slow it seems beside the best: launching takes time too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +69,25 @@ def tune(
 
     def admitted(name: Name) -> bool:
         if name not in trials:
-            note(Trial(name, reason=_refusal(name, candidates[name], gate, device)))
+            best = min((t.timing.median_s for t in trials.values() if t.timing is not None), default=math.inf)
+            note(Trial(name, reason=_refusal(name, candidates[name], gate, device, best)))
         return not trials[name].reason
+
+    def time_all(names: list[Name], request: Round) -> dict[Name, float]:
+        names = [n for n in names if admitted(n)]
+        # the timer wants strings for names
+        callables = {str(i): candidates[n] for i, n in enumerate(names)}
+        timings = timer.compare(callables, device, seconds=request.seconds).values()
+        for n, timing in zip(names, timings, strict=True):
+            note(Trial(n, timing, final=request.together))
+        return {n: t.median_s for n, t in zip(names, timings, strict=True)}
 
     request = next(strategy, None)
     while request is not None:
-        names = [n for n in request.names if admitted(n)]
+        batches = [request.names] if request.together else [[n] for n in request.names]
         times: dict[Name, float] = {}
-        for batch in [names] if request.together else [[n] for n in names]:
-            # the timer wants strings for names
-            timings = timer.compare(
-                {str(i): candidates[n] for i, n in enumerate(batch)}, device, seconds=request.seconds
-            )
-            for n, timing in zip(batch, timings.values(), strict=True):
-                note(Trial(n, timing, final=request.together))
-                times[n] = timing.median_s
+        for batch in batches:
+            times |= time_all(batch, request)
         try:
             request = strategy.send(times)
         except StopIteration:
@@ -87,14 +95,24 @@ def tune(
     return Result(trials, _winner(trials.values(), default), default)
 
 
-def _refusal(name: Name, run: Callable[[], object], gate: Callable[[Name], str | None], device: Device) -> str:
-    """Why the candidate may not take part: it raises, is wrong, or cannot run the problem itself. Empty: it may."""
+def _refusal(
+    name: Name, run: Callable[[], object], gate: Callable[[Name], str | None], device: Device, best: float
+) -> str:
+    """Why the candidate may not take part: it is wrong, raises, or is far slower than ``best``. Empty: it may."""
+
+    def call() -> float:
+        begin = time.perf_counter()
+        run()
+        if device.kind == "cuda":
+            torch.cuda.synchronize(device.torch)
+        return time.perf_counter() - begin
+
+    limit = max(SLOW_S, HOPELESS_GROUP * best)
     try:
         reason = gate(name)
-        if reason is None:
-            run()
-            if device.kind == "cuda":
-                torch.cuda.synchronize(device.torch)
+        # the first call may compile
+        if reason is None and call() > limit and call() > limit:
+            reason = f"more than {HOPELESS_GROUP:g} times slower than the best"
     except Exception as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
     return reason or ""

@@ -78,6 +78,11 @@ def run(args: argparse.Namespace) -> int:
                     made = (case, case.make(device.torch))
                 result = tune_problem(op, case, use, problem, made[1], device, args.backend, budget, gate, line)
                 refused.update((t.name[0], t.reason) for t in result.trials.values() if t.reason)
+                broken = result.trials[result.default]
+                if broken.reason:
+                    # what everybody runs who did not tune: this is news, not a trial
+                    status = 1
+                    out.print(f"{case.name} {use}: the default failed: {broken.reason}", markup=False, style="red")
                 if result.winner is None:
                     status = 1
                     shown.add_row(case.name, use, "none passed", "", "", "", "")
