@@ -14,10 +14,10 @@ A module that fails to import (its library is not installed) is a backend that c
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import importlib
-import json
 import pkgutil
 import warnings
 from collections.abc import Callable
@@ -171,14 +171,18 @@ def config_from_dict(config_type: type, values: dict[str, Any]) -> Any:
     return built
 
 
-@functools.lru_cache(maxsize=256)
 def encode_choice(backend: str, forward: Any, backward: Any) -> str:
-    """An explicit backend and configurations as the string that travels through the registered torch op."""
-    pick = {"backend": backend}
+    """An explicit backend and configurations as the string that travels through the registered torch op.
+
+    A Python literal put together by hand: torch.compile can trace this, and cannot trace the json module.
+    """
+    parts = [f"'backend': {backend!r}"]
     for direction, config in (("forward", forward), ("backward", backward)):
         if config is not None:
-            pick[direction] = {"backend": type(config).__module__.rpartition(".")[2], **dataclasses.asdict(config)}
-    return "" if pick == {"backend": "auto"} else json.dumps(pick, sort_keys=True)
+            values = [f"{f.name!r}: {getattr(config, f.name)!r}" for f in dataclasses.fields(config)]
+            owner = type(config).__module__.rpartition(".")[2]
+            parts.append(f"{direction!r}: ({owner!r}, {{{', '.join(values)}}})")
+    return "" if parts == ["'backend': 'auto'"] else f"{{{', '.join(parts)}}}"
 
 
 @functools.lru_cache(maxsize=256)
@@ -186,9 +190,11 @@ def decode_choice(op: Op, choice: str, direction: str) -> tuple[str, Any]:
     """The (backend, config) that ``encode_choice`` put into the string, for one direction."""
     if not choice:
         return "auto", None
-    pick = json.loads(choice)
-    if (values := pick.get(direction)) is None:
+    pick = ast.literal_eval(choice)
+    if direction not in pick:
         return pick["backend"], None
-    values = dict(values)
-    name = values.pop("backend")
-    return pick["backend"], op.backends[name].Config(**values)  # type: ignore[union-attr]
+    owner, values = pick[direction]
+    module = op.backends.get(owner)
+    if not isinstance(module, ModuleType):
+        raise TypeError(f"config: expected the Config of a backend that can be imported, got one of {owner!r}")
+    return pick["backend"], module.Config(**values)
