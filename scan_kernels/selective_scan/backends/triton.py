@@ -47,7 +47,7 @@ def configs(problem: Problem, device: Device) -> list[Config]:
     """Candidates, the first a good default."""
     channels = triton.next_power_of_2(problem.dim // problem.groups)
     if device.kind == "cpu":
-        small = Config(min(4, channels), 16, 1, 1)
+        small = Config(min(32, channels), 16, 1, 1)
         return [small, dataclasses.replace(small, block_time=4), dataclasses.replace(small, splits=3)]
     tiles = _TILES[problem.direction]
     if problem.direction == "backward" and problem.deterministic:
@@ -62,7 +62,7 @@ def _config(problem: Problem, device: Device, per_thread: int, BT: int, BD: int,
     """A tile of at least BD channels that fills whole warps, with time inside a thread."""
     BN = triton.next_power_of_2(problem.state)
     BD = min(max(BD, 32 * per_thread // (BT * BN)), 64)
-    while BD > 1 and BT * BN * BD > 8 * 32 * per_thread:
+    while BD > 1 and 8 * 32 * per_thread < BT * BN * BD:
         BD //= 2
     BD = min(BD, channels)
     warps = min(8, max(1, BT * BN * BD // (32 * per_thread)))
@@ -179,7 +179,8 @@ def backward(
         *_projection(B), *_projection(C),
         problem.batch * problem.groups * problem.state * problem.length if problem.deterministic else 0,
         problem.dim if problem.deterministic else 0,
-        **tiling, HALVINGS=config.block_dim.bit_length() - 1, ATOMIC_BLOCKS=atomic and blocks > 1, ATOMIC_ROWS=atomic and problem.rows * pieces > 1,
+        **tiling, HALVINGS=config.block_dim.bit_length() - 1,
+        ATOMIC_BLOCKS=atomic and blocks > 1, ATOMIC_ROWS=atomic and problem.rows * pieces > 1,
     )  # fmt: skip
     for name, part in parts.items():
         torch.sum(part, 0, out=getattr(gradients, name))
