@@ -22,6 +22,7 @@ from .device import Device
 SAMPLE_S = 2e-3  # a sample on a GPU: events resolve 0.5 us, launching a graph costs about 10 us
 HOST_SAMPLE_S = 2e-4  # a sample on a CPU: perf_counter and the loop cost well under 1 us
 MOST_CALLS = 200  # in one sample
+SETTLE_S = 5e-2  # a callable quicker than this gets an untimed call first: the last one's threads may still spin
 LAUNCH_BOUND_S = 5e-3  # a call that takes this long to enqueue is a host loop: its launches are part of its cost
 STABLE = 0.03  # warm-up ends when three calls in a row agree this well
 LEAST_RUNS = 5
@@ -95,12 +96,12 @@ def _sampler(fn: Callable[[], Any], device: Device, seconds: float) -> _Sampler:
     synchronise = _synchronise(device)
     call_s, host_s = _warm_up(fn, synchronise, seconds)
     if call_s >= OVERTIME * seconds:
-        slow = _HostSampler(fn, synchronise, 1)
+        slow = _HostSampler(fn, synchronise, 1, settle=False)
         slow.samples.append(call_s)
         slow.spent = call_s
         return slow
     if device.kind != "cuda":
-        return _HostSampler(fn, synchronise, _calls(HOST_SAMPLE_S, call_s))
+        return _HostSampler(fn, synchronise, _calls(HOST_SAMPLE_S, call_s), settle=call_s < SETTLE_S)
     calls = _calls(SAMPLE_S, call_s)
     if host_s < LAUNCH_BOUND_S:
         try:
@@ -158,12 +159,14 @@ class _Sampler:
 
 
 class _HostSampler(_Sampler):
-    def __init__(self, fn: Callable[[], Any], synchronise: Callable[[], None], calls: int):
+    def __init__(self, fn: Callable[[], Any], synchronise: Callable[[], None], calls: int, settle: bool):
         super().__init__()
-        self.fn, self.synchronise, self.calls = fn, synchronise, calls
+        self.fn, self.synchronise, self.calls, self.settle = fn, synchronise, calls, settle
         self.method = f"wall clock, {calls} call{'s' * (calls > 1)} a sample"
 
     def sample(self) -> float:
+        if self.settle:
+            self.fn()
         self.synchronise()
         begin = time.perf_counter()
         for _ in range(self.calls):

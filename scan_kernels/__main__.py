@@ -11,6 +11,8 @@ VERBS = {
     "info": "show the device, the backends, and what would run",
     "check": "compare every backend with the float64 reference",
     "tune": "find the fastest backend and configuration on this machine, and keep them",
+    "bench": "time one shape, with its bound",
+    "report": "check, time everything, and write a page with tables and pictures",
 }
 
 
@@ -22,7 +24,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns its exit code: 0 done, 1 failed, 2 bad argument, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(prog="scan-kernels", description="Selective-scan (Mamba) kernels: inspect, check, tune, report.")
+    parser = _Parser(
+        prog="scan-kernels", description="Selective-scan (Mamba) kernels: inspect, check, tune, bench, report."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     chosen = next((a for a in argv if not a.startswith("-")), None)
     for name, line in VERBS.items():

@@ -1,0 +1,90 @@
+"""``bench``: one quick measurement in the terminal, with its bound."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from . import BadArgument, console, fields, pick_device, seconds, table
+
+DIRECTIONS: dict[str, tuple[str, ...]] = {
+    "forward": ("inference",),
+    "training": ("training",),
+    "backward": ("backward",),
+    "all": ("inference", "training", "backward"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", required=True, metavar="BATCH,DIM,LENGTH[,STATE]", help="state is 16 by default")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU, fp32 on a CPU)")
+    parser.add_argument("--backend", action="append", help="only this backend (may be repeated); by default all")
+    parser.add_argument("--direction", choices=DIRECTIONS, default="all", help="default: %(default)s")
+    parser.add_argument("--device", help="cpu, cuda or cuda:INDEX; by default the GPU if there is one")
+    parser.add_argument("--seconds", type=float, default=0.3, help="time spent on a measurement (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from .. import check, measure
+    from ..profiling.device import ceilings
+    from ..selective_scan import selective_scan
+
+    if not (math.isfinite(args.seconds) and args.seconds > 0):
+        raise BadArgument(f"--seconds: expected a number above 0, got {args.seconds}")
+    device = pick_device(args.device)
+    op = check.find_op("selective_scan")
+    case = _case(op, args.shape, args.dtype or ("bf16" if device.kind == "cuda" else "fp32"))
+    for name in args.backend or ():
+        if name not in op.backends:
+            raise BadArgument(f"--backend: expected one of {', '.join(op.backends)}, got {name!r}")
+        op.backend(name, case.used("inference", device.kind))
+    reasons = op.reasons(case.used("inference", device.kind))
+    names = list(dict.fromkeys(args.backend)) if args.backend else [n for n, why in reasons.items() if why is None]
+
+    out = console()
+    out.print(f"{case.batch} x {case.dim} x {case.length}, {case.state} states, {case.dtype} on {device.name}")
+    green = [name for name in names if _passes(op, case, device, name, out)]
+    tensors = case.make(device.torch)
+    shown = table("", "direction", "backend", "config", "time", "quartiles", "Gelem/s", "of bound", "bound by", "runs")
+    failed = len(green) < len(names)
+    runners = [measure.backend(op, name, selective_scan) for name in green]
+    for r in measure.results(op, case, tensors, runners, device, args.seconds, DIRECTIONS[args.direction]):
+        problem = case.used(r["use"], device.kind)
+        direction = "training" if r["use"] == "training" else problem.direction
+        if "reason" in r:
+            failed = True
+            shown.add_row(direction, r["runner"], "", r["reason"])
+            continue
+        need, choice = measure.bounds(problem, ceilings(device)), op.resolve(problem, device.torch, r["runner"])
+        shown.add_row(
+            direction, r["runner"], fields(choice.config), seconds(r["median_s"]),
+            f"{seconds(r['low_s'])} to {seconds(r['high_s'])}", f"{need['elements'] / r['median_s'] / 1e9:.3g}",
+            f"{100 * need['seconds'] / r['median_s']:.2g} %", f"{need['unit']}, {seconds(need['seconds'])}",
+            f"{r['runs']} x {r['method']}",
+        )  # fmt: skip
+    out.print(shown)
+    return int(failed)
+
+
+def _case(op: Any, shape: str, dtype: str) -> Any:
+    text = shape if shape.count(",") == 3 else f"{shape},16"
+    try:
+        return op.cases.parse(f"{text},{dtype}", dtype)
+    except ValueError:
+        expected = (
+            "--shape batch,dim,length[,state] with sizes from 1 and at most 256 states, --dtype fp32, bf16 or fp16"
+        )
+        raise BadArgument(f"expected {expected}; got --shape {shape} --dtype {dtype}") from None
+
+
+def _passes(op: Any, case: Any, device: Any, name: str, out: Any) -> bool:
+    """Whether a backend is right on small cases of the same kind: no speed is shown on a red gate."""
+    from .. import check
+
+    rows = [row for small in case.gates() for row in check.run_case(op, small, device.torch, name)]
+    wrong = [row for row in rows if not row.ok]
+    for row in wrong:
+        why = row.reason or f"error {row.error:.1e}, allowed {row.allowance:.1e}"
+        out.print(f"{name}: not timed, its gate is red: {row.tensor} of {row.case}: {why}", markup=False)
+    return not wrong

@@ -1,0 +1,158 @@
+"""Time backends and peers on the same tensors, and put the problem's bound beside every time.
+
+A use is one of ``cases.USES`` that a user can call: ``inference`` (forward without gradients), ``training`` (forward
+that keeps what the backward needs) and ``backward`` (all gradients, through autograd). What is timed is the call a
+user makes, not the kernel alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .op import Op
+from .peers import Peer
+from .profiling import roofline, timer
+from .profiling.device import Ceilings, Device
+
+USES = ("inference", "training", "backward")
+# how far a peer's result may be from ours, in norm, and still count as the same computation
+AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
+
+Scan = Callable[..., Tensor]  # the arguments of the op's public function by name -> out
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Something that computes the op: one of our backends, or a peer."""
+
+    name: str
+    kind: str  # "backend" or "peer"
+    scan: Scan
+    unfit: Callable[[Any], str | None]  # problem -> why it is not run, or None
+    alone: bool = False  # timed by itself, since it fills the memory
+
+
+def backend(op: Op, name: str, function: Callable[..., Any]) -> Runner:
+    """A backend of ours as a runner; function: the op's public function."""
+    return Runner(name, "backend", lambda **a: function(**a, backend=name), lambda p: op.reasons(p)[name])
+
+
+def peer(op: Op, other: Peer, device: Device) -> Runner:
+    """A peer as a runner. Errors: ImportError where it is not installed."""
+    return Runner(other.name, "peer", other.load(op), lambda p: other.unfit(p, device), other.materialises)
+
+
+def call(scan: Scan, tensors: dict[str, Any], arguments: tuple[str, ...], use: str) -> Callable[[], Any]:
+    """The call to time. It returns out, or all gradients with that of the first argument at their head."""
+    given = {k: v for k, v in tensors.items() if k not in ("dout", "dlast_state")}
+    if use == "inference":
+
+        def inference() -> Tensor:
+            with torch.no_grad():
+                return scan(**given)
+
+        return inference
+    leaves = {k: given[k].detach().requires_grad_() for k in arguments if given[k] is not None}
+    if use == "training":
+        return lambda: scan(**given | leaves)
+    held: list[Tensor] = []
+
+    def backward() -> tuple[Tensor, ...]:
+        # the first call is never timed. It also runs the forward, on the stream that the timer chose: autograd
+        # works on the forward's stream, and a graph capture must not leave its own
+        if not held:
+            held.append(scan(**given | leaves))
+        return torch.autograd.grad(held[0], list(leaves.values()), tensors["dout"], retain_graph=True)
+
+    return backward
+
+
+def bounds(problem: Any, ceilings: Ceilings) -> dict[str, Any]:
+    """What a problem needs, as data: counts, seconds for each resource and unit, the bound."""
+    bound = roofline.bound(problem, ceilings)
+    counts = {resource: getattr(problem, resource)() for resource in bound.needs}
+    return {"elements": problem.elements, "counts": counts, **dataclasses.asdict(bound)}
+
+
+def results(
+    op: Op,
+    case: Any,
+    tensors: dict[str, Any],
+    runners: list[Runner],
+    device: Device,
+    seconds: float,
+    uses: tuple[str, ...] = USES,
+) -> Iterator[dict[str, Any]]:
+    """Time every runner in every use of a case; one record each, as it is made.
+
+    The first runner is trusted (its gate is green); one whose result is far from its result gets no time.
+    """
+    for use in uses:
+        problem = case.used(use, device.kind)
+        reasons = {r.name: r.unfit(problem) for r in runners}
+        differences: dict[str, float] = {}
+        trusted = None
+        for r in runners:
+            if reasons[r.name] is None and use != "training":
+                trusted = _try(op, case, tensors, r, use, trusted, reasons, differences)
+        fit = [r for r in runners if reasons[r.name] is None]
+        groups = [[r for r in fit if not r.alone], *([r] for r in fit if r.alone)]
+        timings: dict[str, timer.Timing | str] = {}
+        for group in groups:
+            timings |= _time(op, tensors, group, use, device, seconds)
+        for r in runners:
+            record: dict[str, Any] = {"runner": r.name, "kind": r.kind, "use": use}
+            outcome = reasons[r.name] or timings[r.name]
+            if isinstance(outcome, str):
+                yield record | {"reason": outcome}
+                continue
+            record |= dataclasses.asdict(outcome)
+            if r.name in differences:
+                record["difference"] = differences[r.name]
+            if r.kind == "backend":
+                choice = op.resolve(problem, device.torch, r.name)
+                record |= {"config": dataclasses.asdict(choice.config), "chosen": choice.source}
+            yield record
+
+
+def _try(op, case, tensors, runner: Runner, use: str, trusted, reasons, differences):
+    """Run once, note why it cannot or must not be timed, and return the result that the others are held against."""
+    try:
+        got = call(runner.scan, tensors, op.cases.ARGUMENTS, use)()
+        got = (got if use == "inference" else got[0]).float()
+        if trusted is None:
+            return got
+        differences[runner.name] = float((got - trusted).norm() / trusted.norm())
+        if not differences[runner.name] <= AGREEMENT[case.dtype]:
+            reasons[runner.name] = f"disagrees with our result: {differences[runner.name]:.1e} in norm"
+    except Exception as e:
+        reasons[runner.name] = _words(e)
+    return trusted
+
+
+def _time(op, tensors, group: list[Runner], use: str, device: Device, seconds: float) -> dict[str, timer.Timing | str]:
+    def calls(runners: list[Runner]) -> dict[str, Callable[[], Any]]:
+        return {r.name: call(r.scan, tensors, op.cases.ARGUMENTS, use) for r in runners}
+
+    try:
+        return dict(timer.compare(calls(group), device, seconds=seconds))
+    except Exception as e:
+        if len(group) == 1:
+            return {group[0].name: _words(e)}
+        # one of them failed: each by itself, and the one that fails says why
+        return {k: v for r in group for k, v in _time(op, tensors, [r], use, device, seconds).items()}
+    finally:
+        if device.kind == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _words(e: Exception) -> str:
+    """An exception in one line."""
+    if isinstance(e, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(e).__name__}: {e}".splitlines()[0][:200]
