@@ -150,34 +150,45 @@ def configs(problem: Problem, device: Any) -> list[Config]:
     return found
 
 
+def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, splits: int = 1) -> Config:
+    """A forward configuration with as many blocks a multiprocessor as its registers allow without spilling."""
+    per = _ceil(problem.state, lanes)
+    if per > 8 or (lanes == 1 and tile > 16):
+        blocks = 2
+    elif per > 4 or problem.state & (problem.state - 1):
+        blocks = 3 if problem.dtype != "float32" else 2
+    else:
+        blocks = 4
+    return Config(lanes, warps, tile, blocks=max(1, blocks * 4 // warps), splits=splits)
+
+
 def _forward_configs(problem: Problem, device: Any) -> list[Config]:
-    rows = problem.rows * problem.dim
+    channels = problem.rows * problem.dim
     most = min(32, _power_of_two(problem.state))
-    least = min(most, max(1, _power_of_two(_ceil(problem.state, 16)), 2 if problem.state >= 8 else 1))
-    wanted = 9.5 * device.units * 32  # lanes that keep every scheduler busy
-    lanes = least
-    while lanes < min(most, 16) and rows * lanes < wanted:
-        lanes *= 2
-    # with few channels, time is cut instead: two passes cost about 1.65 of one that fills the device
+    least = min(most, max(1, _power_of_two(_ceil(problem.state, 8))))
+    tile = 32 if _power_of_two(problem.state) <= 64 and most > 1 else 16
     per_row = problem.length / problem.rows if problem.sequences else problem.length
-    longest = max(1, int(per_row // 512))
+    longest = max(1, int(per_row // 256))
+    # enough lanes to keep every scheduler busy (9.5 warps a multiprocessor), up to four times the fewest
+    wanted = 9.5 * device.units * 32
+    lanes = least
+    while lanes < min(most, 4 * least) and channels * lanes < wanted:
+        lanes *= 2
     splits = 1
-    if rows * lanes < 0.6 * wanted and longest > 1:
-        lanes = max(least, min(most, 4))
-        splits = min(longest, max(1, round(1.7 * wanted / (rows * lanes))))
-    tiles = (32, 16) if _power_of_two(problem.state) <= 64 else (16,)
-    first = [Config(lanes, warps, tile, splits=splits) for tile in tiles for warps in (4, 2, 8)]
-    near = [
-        Config(other, warps, tile, splits=cut)
-        for other in (lanes, lanes * 2, lanes // 2)
-        if least <= other <= most
-        for cut in dict.fromkeys((splits, splits * 2, _ceil(splits, 2), 1))
-        if cut <= longest
-        for warps in (4, 8)
-        for tile in tiles
-    ]
-    last = [Config(x, w, 16) for x in (most, least) for w in (2, 1)]
-    return first + near + last
+    if channels * lanes < 0.8 * wanted and longest > 1:
+        # too few channels even so: cut time, at the cost of a second, state-only pass
+        lanes = least
+        config = _forward(problem, lanes, 4, tile)
+        blocks = problem.rows * problem.groups * _ceil(problem.dim // problem.groups, config.channels)
+        splits = min(longest, max(1, 2 * device.units * config.blocks // blocks))
+    found = [_forward(problem, lanes, 4, tile, splits)]
+    for other in dict.fromkeys((lanes, lanes * 2, max(1, lanes // 2), least, most)):
+        if not least <= other <= most:
+            continue
+        for cut in dict.fromkeys((splits, min(longest, 2 * splits), _ceil(splits, 2), 1)):
+            found += [_forward(problem, other, warps, tile, cut) for warps in (4, 8, 2)]
+    narrow = [_forward(problem, x, w, 16) for x in dict.fromkeys((lanes, most, least)) for w in (4, 2, 1)]
+    return found + narrow
 
 
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
@@ -187,7 +198,7 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     tile = min(16, 32 // _power_of_two(per))
     per_group = problem.dim // problem.groups
     found = []
-    for warps, groups in ((4, 8), (4, 4), (4, 2), (8, 4), (8, 2), (4, 1), (2, 4), (2, 2), (2, 1), (1, 1)):
+    for warps, groups in ((4, 4), (4, 8), (4, 2), (8, 4), (8, 2), (4, 1), (2, 4), (2, 2), (2, 1), (1, 1)):
         groups = min(groups, lanes)
         if groups > 1 and warps * 32 // lanes * groups // 2 >= per_group:
             continue  # half of the block's channels would not exist
@@ -197,9 +208,7 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
         resident = device.units * fits
         for splits, chain in _backward_splits(problem, blocks, resident):
             found.append(dataclasses.replace(base, splits=splits, chain=chain))
-    # the best of each shape first, then their other splits
-    firsts = [c for i, c in enumerate(found) if c[:4] not in [f[:4] for f in found[:i]]] if False else found
-    return firsts
+    return found
 
 
 def _backward_splits(problem: Problem, blocks: int, resident: int) -> list[tuple[int, int]]:
@@ -248,11 +257,7 @@ def defines(problem: Problem, config: Config, aligned: tuple[bool, bool, bool], 
     return {
         "DTYPE": DTYPES[problem.dtype],
         "STATE": problem.state,
-        "LANES": config.lanes,
-        "WARPS": config.warps,
-        "TILE": config.tile,
-        "GROUPS": config.groups,
-        "MIN_BLOCKS": config.blocks,
+        **_tunables(config),
         "DIM_LAYOUT": int(problem.layout == "dim"),
         "ALIGNED": int(aligned[0]),
         "B_ALIGNED": int(aligned[1]),
@@ -266,6 +271,16 @@ def defines(problem: Problem, config: Config, aligned: tuple[bool, bool, bool], 
         "HAS_BIAS": int(problem.has_bias),
         "SOFTPLUS": int(problem.softplus),
         "PACKED": int(problem.sequences > 0),
+    }
+
+
+def _tunables(config: Config) -> dict[str, int]:
+    return {
+        "LANES": config.lanes,
+        "WARPS": config.warps,
+        "TILE": config.tile,
+        "GROUPS": config.groups,
+        "MIN_BLOCKS": config.blocks,
     }
 
 
@@ -286,8 +301,10 @@ def _own_width(problem: Problem, config: Config) -> int:
 def _describe(problem: Problem, i: Inputs, config: Config, like_u: dict[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
     """The defines and the parameters that every kernel of a call shares."""
     sequence = {"u": i.u, "delta": i.delta, **({"z": i.z} if i.z is not None else {}), **like_u}
-    axis = 1 if problem.layout == "dim" else 2
-    aligned = [_is_aligned(list(sequence.values()), axis, _own_width(problem, config))]
+    axis, width = (1 if problem.layout == "dim" else 2), _own_width(problem, config)
+    # a block starts at its group's first channel, a packed sequence at any step
+    starts = problem.dim // problem.groups % width == 0 or problem.groups == 1 if axis == 1 else not problem.sequences
+    aligned = [starts and _is_aligned(list(sequence.values()), axis, width)]
     axes = []
     values = {"length": problem.length, "rows": problem.rows, "dim": problem.dim, "groups": problem.groups}
     for name, t in sequence.items():
@@ -298,7 +315,8 @@ def _describe(problem: Problem, i: Inputs, config: Config, like_u: dict[str, Ten
         values[name] = t.data_ptr()
         state_axis = t.ndim == 4 and t.stride(3) != 1 and t.stride(2) == 1
         axes.append(int(state_axis))
-        aligned.append(t.ndim == 2 or _is_aligned([t], 2 if state_axis else 3, 4))
+        starts = state_axis or not problem.sequences
+        aligned.append(t.ndim == 2 or (starts and _is_aligned([t], 2 if state_axis else 3, 4)))
         if t.ndim == 4:
             values |= {f"{name}_{a}": t.stride(k) for k, a in enumerate(("batch", "group", "state", "step"))}
     for name in ("A", "D", "delta_bias", "initial_state", "cu_seqlens"):
@@ -335,7 +353,7 @@ def _block_count(problem: Problem, config: Config) -> int:
 
 def _enter_spans(problem: Problem, base: dict[str, int], values: dict[str, int], config: Config, mode: int, slots: int) -> None:
     """Fill span_end with the state (or adjoint) that enters each span: one state-only pass and `combine`."""
-    items = base | {"MODE": mode, "TILE": config.tile, "GROUPS": 1, "LANES": config.lanes, "WARPS": config.warps}
+    items = base | _tunables(config) | {"MODE": mode}
     key = tuple(sorted(items.items()))
     blocks = _block_count(problem, config)
     shared = shared_bytes(problem, config, mode)
@@ -389,14 +407,12 @@ def backward(
             keep.append(tickets)
             values["tickets"] = tickets.data_ptr()
         else:
-            adjoint = dataclasses.replace(
-                config, groups=1, lanes=min(config.lanes, 4 if problem.state <= 64 else config.lanes), tile=16 if problem.state > 64 else 32
-            )
+            tile = 32 if span % 32 == 0 and problem.state <= 64 else 16
+            lanes = min(32, _power_of_two(_ceil(problem.state, 4 if problem.state > 1 else 1)))
+            adjoint = _forward(problem, lanes, 4, tile)
             d = cotangents.dout
             swapped = values | {"u": d.data_ptr(), "u_batch": d.stride(0), "u_dim": d.stride(1), "u_step": d.stride(2)}
-            if span % adjoint.tile:
-                adjoint = dataclasses.replace(adjoint, tile=16)
-            _enter_spans(problem, base | {"MIN_BLOCKS": 1}, swapped, adjoint, ADJOINT, slots)
+            _enter_spans(problem, base, swapped, adjoint, ADJOINT, slots)
 
     # where the kernel adds (or, deterministic, stores its part of) each sum
     sums = {"dA": g.dA, "dD": g.dD, "ddelta_bias": g.ddelta_bias, "dB": g.dB, "dC": g.dC}

@@ -145,22 +145,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int batch = PACKED ? 0 : w.row;
     const Own o = own();
     const i64 own_d = ch.first + (o.channel < ch.count ? o.channel : 0);
-    const i64 t_own = w.first + o.step;
-    const scalar* const u = (const scalar*)p.u + batch * p.u_batch + own_d * p.u_dim + t_own * p.u_step;
-    const scalar* const delta = (const scalar*)p.delta + batch * p.delta_batch + own_d * p.delta_dim + t_own * p.delta_step;
-    const scalar* const z = (const scalar*)p.z + batch * p.z_batch + own_d * p.z_dim + t_own * p.z_step;
-    const scalar* const dout = (const scalar*)p.dout + batch * p.dout_batch + own_d * p.dout_dim + t_own * p.dout_step;
-    const i64 grad_at = batch * p.grad_batch + own_d * p.grad_dim + t_own * p.grad_step;
-    const scalar* const B = (const scalar*)p.B + batch * p.B_batch + ch.group * p.B_group + w.first * p.B_step;
-    const scalar* const C = (const scalar*)p.C + batch * p.C_batch + ch.group * p.C_group + w.first * p.C_step;
-    float bias[OWN_C], skip[OWN_C], sum_D[OWN_C], sum_bias[OWN_C];
+    auto per_channel = [&](const float* values, int c) {
+      return o.channel + c < ch.count ? __ldg(values + own_d + c + here()) : 0.f;
+    };
+    float sum_D[OWN_C], sum_bias[OWN_C];
 #pragma unroll
-    for (int c = 0; c < OWN_C; c++) {
-      bool there = o.channel + c < ch.count;
-      bias[c] = HAS_BIAS && there ? p.delta_bias[own_d + c] : 0.f;
-      skip[c] = HAS_D && there ? p.D[own_d + c] : 0.f;
-      sum_D[c] = sum_bias[c] = 0.f;
-    }
+    for (int c = 0; c < OWN_C; c++) sum_D[c] = sum_bias[c] = 0.f;
     auto extent = [&](int t0) { return extent_of(o, ch.count, w.end - t0); };
 
     // per channel and state: A, the adjoint that enters from the right, the sum for dA
@@ -202,10 +192,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     auto fetch = [&](int stage, int tile) {
       int t0 = w.begin + tile * TILE;
       Extent n = extent(t0);
-      fetch_one(stage, 0, u + t0 * p.u_step, p.u_step, n);
-      fetch_one(stage, 1, delta + t0 * p.delta_step, p.delta_step, n);
-      fetch_one(stage, 2, dout + t0 * p.dout_step, p.dout_step, n);
-      if (HAS_Z) fetch_one(stage, TENSORS - 1, z + t0 * p.z_step, p.z_step, n);
+      fetch_one(stage, 0, OWN_AT(u, t0), p.u_step, n);
+      fetch_one(stage, 1, OWN_AT(delta, t0), p.delta_step, n);
+      fetch_one(stage, 2, OWN_AT(dout, t0), p.dout_step, n);
+      if (HAS_Z) fetch_one(stage, TENSORS - 1, OWN_AT(z, t0), p.z_step, n);
     };
     auto read = [&](Raw& r, int stage, int tensor) {
 #pragma unroll
@@ -238,19 +228,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       read(ru, stage, 0), read(rd, stage, 1), read(ro, stage, 2);
       if (HAS_Z) read(rz, stage, TENSORS - 1);
 #pragma unroll
-      for (int c = 0; c < OWN_C; c++)
+      for (int c = 0; c < OWN_C; c++) {
+        const float bias = HAS_BIAS ? per_channel(p.delta_bias, c) : 0.f;
+        float step[OWN_T], x[OWN_T], dy[OWN_T];
 #pragma unroll
-        for (int t = 0; t < OWN_T; t++) {
-          float step = t < n.t ? step_size(rd.at(c, t) + bias[c]) : 0.f, dy = ro.at(c, t);
+        for (int t = 0; t < OWN_T; t++) {  // u, dout and z are zero where nothing exists
+          step[t] = t < n.t ? step_size(rd.at(c, t) + bias) : 0.f;
+          x[t] = step[t] * ru.at(c, t);
+          dy[t] = ro.at(c, t);
           if (HAS_Z) {
-            float g = rz.at(c, t);
-            dy = t < n.t ? dy * (g * sigmoid(g)) : 0.f;
+            const float gate = rz.at(c, t);
+            dy[t] *= gate * sigmoid(gate);
           }
-          int at = tile_at(o.channel + c, o.step + t);
-          dt_tile[at] = step;
-          x_tile[at] = t < n.t ? step * ru.at(c, t) : 0.f;
-          dy_tile[at] = dy;
         }
+        tile_write(dt_tile, o.channel + c, o.step, step);
+        tile_write(x_tile, o.channel + c, o.step, x);
+        tile_write(dy_tile, o.channel + c, o.step, dy);
+      }
     };
     auto finish_tile = [&](int stage, int tile) {
       if (!o.any) return;
@@ -261,28 +255,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       if (HAS_Z) read(rz, stage, TENSORS - 1);
       float du[OWN_C][OWN_T], ddelta[OWN_C][OWN_T], dz[OWN_C][OWN_T];
 #pragma unroll
-      for (int c = 0; c < OWN_C; c++)
+      for (int c = 0; c < OWN_C; c++) {
+        const float bias = HAS_BIAS ? per_channel(p.delta_bias, c) : 0.f, skip = HAS_D ? per_channel(p.D, c) : 0.f;
+        float gb[OWN_T], ga[OWN_T], y[OWN_T];
+        tile_read(gb, dt_tile, o.channel + c, o.step);
+        tile_read(ga, x_tile, o.channel + c, o.step);
+        if (HAS_Z) tile_read(y, dy_tile, o.channel + c, o.step);
 #pragma unroll
         for (int t = 0; t < OWN_T; t++) {
-          int at = tile_at(o.channel + c, o.step + t);
-          float slope, step = step_size(rd.at(c, t) + bias[c], slope);
-          float uu = ru.at(c, t), dy = ro.at(c, t), gb = dt_tile[at];
+          float slope, step = step_size(rd.at(c, t) + bias, slope);
+          float uu = ru.at(c, t), dy = ro.at(c, t);
           if (HAS_Z) {
-            float g = rz.at(c, t), sg = sigmoid(g), y = dy_tile[at];
-            if (HAS_D) y = fmaf(skip[c], uu, y);
-            dz[c][t] = dy * y * (sg * fmaf(g, 1.f - sg, 1.f));
-            dy *= g * sg;
+            float gate = rz.at(c, t), sg = sigmoid(gate);
+            if (HAS_D) y[t] = fmaf(skip, uu, y[t]);
+            dz[c][t] = dy * y[t] * (sg * fmaf(gate, 1.f - sg, 1.f));
+            dy *= gate * sg;
           }
-          du[c][t] = step * gb;
-          if (HAS_D) du[c][t] = fmaf(skip[c], dy, du[c][t]);
-          ddelta[c][t] = fmaf(uu, gb, LN2 * x_tile[at]) * slope;
-          if (t < n.t) {
-            if (HAS_D) sum_D[c] = fmaf(dy, uu, sum_D[c]);
-            if (HAS_BIAS) sum_bias[c] += ddelta[c][t];
-          }
+          du[c][t] = step * gb[t];
+          if (HAS_D) du[c][t] = fmaf(skip, dy, du[c][t]);
+          ddelta[c][t] = fmaf(uu, gb[t], LN2 * ga[t]) * slope;
+          if (HAS_D) sum_D[c] = fmaf(dy, uu, sum_D[c]);
+          if (HAS_BIAS) sum_bias[c] += t < n.t ? ddelta[c][t] : 0.f;
         }
+      }
       Raw r;
-      const i64 at = grad_at + t0 * p.grad_step;
+      const i64 at = (batch + here()) * p.grad_batch + own_d * p.grad_dim + (w.first + o.step + t0) * p.grad_step;
       put(r, du), store(r, (scalar*)p.du + at, p.grad_step, n);
       put(r, ddelta), store(r, (scalar*)p.ddelta + at, p.grad_step, n);
       if (HAS_Z) put(r, dz), store(r, (scalar*)p.dz + at, p.grad_step, n);
@@ -292,10 +289,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     Projection<C_AXIS, C_ALIGNED> next_C;
     auto fetch_bc = [&](int tile) {
       int t0 = w.begin + tile * TILE, count = w.end - t0;
-      if constexpr (!CONST_B) next_B.load(B + t0 * p.B_step, p.B_state, p.B_step, count);
-      if constexpr (!CONST_C) next_C.load(C + t0 * p.C_step, p.C_state, p.C_step, count);
+      if constexpr (!CONST_B) next_B.load(ROW_AT(B, t0), p.B_state, p.B_step, count);
+      if constexpr (!CONST_C) next_C.load(ROW_AT(C, t0), p.C_state, p.C_step, count);
     };
-    auto stage_bc = [&](int buffer) {
+    auto stage_bc = [&](int buffer, int tile) {
+      if (!EARLY) fetch_bc(tile);
       if constexpr (!CONST_B) next_B.store(bc_tile + buffer * 2 * BC_FLOATS);
       if constexpr (!CONST_C) next_C.store(bc_tile + (buffer * 2 + 1) * BC_FLOATS);
     };
@@ -328,22 +326,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         const int t0 = w.begin + (base + r) * TILE;
         const Extent n = extent(t0);
         Raw ru, rd;
-        load(ru, u + t0 * p.u_step, p.u_step, n);
-        load(rd, delta + t0 * p.delta_step, p.delta_step, n);
+        load(ru, OWN_AT(u, t0), p.u_step, n);
+        load(rd, OWN_AT(delta, t0), p.delta_step, n);
         __syncthreads();
 #pragma unroll
-        for (int c = 0; c < OWN_C; c++)
+        for (int c = 0; c < OWN_C; c++) {
+          if (!o.any) continue;
+          const float bias = HAS_BIAS ? per_channel(p.delta_bias, c) : 0.f;
+          float step[OWN_T], x[OWN_T];
 #pragma unroll
           for (int t = 0; t < OWN_T; t++) {
-            if (!o.any) continue;
-            float step = step_size(rd.at(c, t) + bias[c]);
-            int at = tile_at(o.channel + c, o.step + t);
-            dt_tile[at] = step;
-            x_tile[at] = step * ru.at(c, t);
+            step[t] = step_size(rd.at(c, t) + bias);
+            x[t] = step[t] * ru.at(c, t);
           }
+          tile_write(dt_tile, o.channel + c, o.step, step);
+          tile_write(x_tile, o.channel + c, o.step, x);
+        }
         if constexpr (!CONST_B) {
           Projection<B_AXIS, B_ALIGNED> now_B;
-          now_B.load(B + t0 * p.B_step, p.B_state, p.B_step, TILE);
+          now_B.load(ROW_AT(B, t0), p.B_state, p.B_step, TILE);
           now_B.store(bc_tile + buffer * 2 * BC_FLOATS);
         }
         __syncthreads();
@@ -383,17 +384,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (SUBTILES == 1) fetch_enter(enter + (tiles & 1) * STATE_FLOATS, w.begin + (tiles - 2) * TILE);
       }
       copies_commit();
-      fetch_bc(tiles - 1);
+      if (EARLY) fetch_bc(tiles - 1);
       __syncthreads();
       if (SUBTILES > 1) enter_subtiles(tiles - 1, 0);
       copies_wait<1>();
       stage_tile(0, tiles - 1);
-      stage_bc(0);
+      stage_bc(0, tiles - 1);
     }
 #pragma unroll 1
     for (int tile = tiles - 1; tile >= 0; tile--, buffer ^= 1, stage ^= 1) {
       const int t0 = w.begin + tile * TILE;
-      if (tile > 0) fetch_bc(tile - 1);
+      if (EARLY && tile > 0) fetch_bc(tile - 1);
       __syncthreads();
 
       // ---- sweep
@@ -520,7 +521,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (SUBTILES > 1 && tile % SUBTILES == 0) enter_subtiles(tile - 1, buffer ^ 1);
         copies_wait<0>();
         stage_tile(stage ^ 1, tile - 1);
-        stage_bc(buffer ^ 1);
+        stage_bc(buffer ^ 1, tile - 1);
         if (tile > 1) {
           fetch(stage, tile - 2);
           if (SUBTILES == 1) fetch_enter(enter + (tile & 1) * STATE_FLOATS, w.begin + (tile - 2) * TILE);

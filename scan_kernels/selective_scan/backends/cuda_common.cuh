@@ -31,7 +31,7 @@ constexpr int OWN_T = OWN / OWN_C;                        // steps among them
 constexpr int WORDS = (OWN * ITEM + 3) / 4;               // registers that hold them
 constexpr int PITCH = TILE + 4;                           // floats between rows of a B or C tile: no bank conflicts
 constexpr bool ALL_OWN = CHANNELS * TILE >= THREADS;      // else the last threads own nothing
-static_assert(OWN_T <= TILE && 32 % LANES == 0 && TILE % 4 == 0, "invalid configuration");
+static_assert(OWN_T <= TILE && (OWN_T < 4 ? OWN_T != 3 : OWN_T % 4 == 0) && 32 % LANES == 0 && TILE % 4 == 0, "invalid configuration");
 
 #if DTYPE == 0
 typedef float scalar;
@@ -81,6 +81,13 @@ DEVICE float rcp(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+// Zero, but the compiler does not know: what depends on it is computed where it stands instead of being kept in
+// registers across a loop.
+DEVICE int here() {
+  int zero;
+  asm volatile("mov.s32 %0, 0;" : "=r"(zero));
+  return zero;
+}
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
 
 // e^-|x|, in float32 with the rounding of the product |x| log2(e) put back
@@ -97,11 +104,11 @@ DEVICE float log1p_unit(float e) {
   float s = e * rcp(2.f + e), q = s * s;
 #if DTYPE == 0
   float p = fmaf(q, 1.f / 15, 1.f / 13);
-  p = fmaf(q, p, 1.f / 11), p = fmaf(q, p, 1.f / 9);
+  p = fmaf(q, p, 1.f / 11);
 #else
-  float p = 1.f / 9;
+  float p = 1.f / 11;
 #endif
-  p = fmaf(q, p, 1.f / 7), p = fmaf(q, p, 1.f / 5), p = fmaf(q, p, 1.f / 3);
+  p = fmaf(q, p, 1.f / 9), p = fmaf(q, p, 1.f / 7), p = fmaf(q, p, 1.f / 5), p = fmaf(q, p, 1.f / 3);
   return 2.f * fmaf(s * q, p, s);
 }
 // Δ from its raw value, and dΔ/draw
@@ -318,6 +325,38 @@ DEVICE int tile_at(int channel, int step) {
   int quad = step >> 2;
   return channel * TILE + (((quad ^ swizzle(channel)) & MASK) | (quad & ~MASK)) * 4 + (step & 3);
 }
+// A thread's own steps of one channel, to and from such a tile; step is a multiple of OWN_T.
+DEVICE void tile_write(float* tile, int channel, int step, const float (&v)[OWN_T]) {
+  if constexpr (OWN_T % 4 == 0) {
+#pragma unroll
+    for (int t = 0; t < OWN_T; t += 4)
+      *(float4*)(tile + tile_at(channel, step + t)) = make_float4(v[t], v[t + 1], v[t + 2], v[t + 3]);
+  } else if constexpr (OWN_T == 2) {
+    *(float2*)(tile + tile_at(channel, step)) = make_float2(v[0], v[1]);
+  } else {
+    tile[tile_at(channel, step)] = v[0];
+  }
+}
+DEVICE void tile_read(float (&v)[OWN_T], const float* tile, int channel, int step) {
+  if constexpr (OWN_T % 4 == 0) {
+#pragma unroll
+    for (int t = 0; t < OWN_T; t += 4) {
+      const float4 q = *(const float4*)(tile + tile_at(channel, step + t));
+      v[t] = q.x, v[t + 1] = q.y, v[t + 2] = q.z, v[t + 3] = q.w;
+    }
+  } else if constexpr (OWN_T == 2) {
+    const float2 q = *(const float2*)(tile + tile_at(channel, step));
+    v[0] = q.x, v[1] = q.y;
+  } else {
+    v[0] = tile[tile_at(channel, step)];
+  }
+}
+
+// Where a thread's elements of a tile, or a row's B or C of a tile, start: computed at each use, see here().
+#define OWN_AT(T, t0) \
+  ((const scalar*)p.T + (batch + here()) * p.T##_batch + own_d * p.T##_dim + (w.first + o.step + (t0)) * p.T##_step)
+#define ROW_AT(T, t0) \
+  ((const scalar*)p.T + (batch + here()) * p.T##_batch + ch.group * p.T##_group + (w.first + (t0)) * p.T##_step)
 
 // ---- tiles of B, C: [state][step] in float32, states permuted so that a warp's lanes read without conflicts ---------
 
@@ -386,6 +425,9 @@ struct Projection {
     }
   }
 };
+
+// B and C wait in registers during a main loop only where that takes few of them; else they are fetched after it.
+constexpr bool EARLY = STATES * TILE * ITEM <= 8 * THREADS;
 
 // Sum each v[i] over the LANES lanes of a channel, spreading the results: afterwards lane s holds the sum of step
 // first(s) in v[0], and, where LANES < G, of the G/LANES steps from there on.

@@ -16,6 +16,7 @@
 // 2/4 shared loads (dt, x), and (LANES-1)/LANES * (1 SHFL, 1 FADD, 2 SEL).
 
 constexpr int G = LANES < 4 ? 4 : LANES > 16 ? 16 : LANES;  // steps whose y are reduced together
+constexpr int UNROLL = PER * G <= 16 ? 2 : 1;  // of the loop over such steps
 static_assert(GROUPS == 1 && TILE % 16 == 0, "invalid configuration");
 constexpr bool USE_B = MODE != 2, USE_C = MODE != 1;
 constexpr int TILE_FLOATS = CHANNELS * TILE, BC_FLOATS = STATES * PITCH;
@@ -57,12 +58,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   // this thread's elements
   const Own o = own();
   const i64 own_d = ch.first + (o.channel < ch.count ? o.channel : 0);
-  const scalar* u = (const scalar*)p.u + batch * p.u_batch + own_d * p.u_dim + (w.first + o.step) * p.u_step;
-  const scalar* delta = (const scalar*)p.delta + batch * p.delta_batch + own_d * p.delta_dim + (w.first + o.step) * p.delta_step;
-  const scalar* z = (const scalar*)p.z + batch * p.z_batch + own_d * p.z_dim + (w.first + o.step) * p.z_step;
-  scalar* out = (scalar*)p.out + batch * p.out_batch + own_d * p.out_dim + (w.first + o.step) * p.out_step;
-  const scalar* B = (const scalar*)p.B + batch * p.B_batch + ch.group * p.B_group + w.first * p.B_step;
-  const scalar* C = (const scalar*)p.C + batch * p.C_batch + ch.group * p.C_group + w.first * p.C_step;
   float bias[OWN_C], skip[OWN_C];
 #pragma unroll
   for (int c = 0; c < OWN_C; c++) {
@@ -72,19 +67,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   }
   auto extent = [&](int t0) { return extent_of(o, ch.count, w.end - t0); };
 
-  // MODE 2 multiplies by dy = dout silu(z) where the scan multiplies by Δu: u then stands for dout
+  // MODE 2 multiplies by dy = dout silu(z) where the scan multiplies by Δu: u then stands for dout. The scan itself
+  // needs z only after the main loop, which hides its latency: no need to fetch it a tile ahead.
   Raw next_u, next_delta, next_z;
   Projection<B_AXIS, B_ALIGNED> next_B;
   Projection<C_AXIS, C_ALIGNED> next_C;
-  constexpr bool LOAD_Z = HAS_Z && MODE != 1;
   auto fetch = [&](int t0) {
     Extent n = extent(t0);
-    load(next_u, u + t0 * p.u_step, p.u_step, n);
-    load(next_delta, delta + t0 * p.delta_step, p.delta_step, n);
-    if (LOAD_Z) load(next_z, z + t0 * p.z_step, p.z_step, n);
-    int count = w.end - t0;
-    if constexpr (USE_B && !CONST_B) next_B.load(B + t0 * p.B_step, p.B_state, p.B_step, count);
-    if constexpr (USE_C && !CONST_C) next_C.load(C + t0 * p.C_step, p.C_state, p.C_step, count);
+    load(next_u, OWN_AT(u, t0), p.u_step, n);
+    load(next_delta, OWN_AT(delta, t0), p.delta_step, n);
+    if (HAS_Z && MODE == 2) load(next_z, OWN_AT(z, t0), p.z_step, n);
+  };
+  auto fetch_bc = [&](int t0) {
+    if constexpr (USE_B && !CONST_B) next_B.load(ROW_AT(B, t0), p.B_state, p.B_step, w.end - t0);
+    if constexpr (USE_C && !CONST_C) next_C.load(ROW_AT(C, t0), p.C_state, p.C_step, w.end - t0);
   };
 
   const int tiles = (w.end - w.begin + TILE - 1) / TILE;
@@ -92,52 +88,69 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   int buffer = 0;
   i64 next_state = w.begin;  // the step whose entering state is kept next
   float* kept = MODE == 0 && p.checkpoint ? p.states + ((w.states + w.begin / p.checkpoint) * p.dim + d) * STATE + s * PER : 0;
-  if (tiles > 0) fetch(tile_start(0));
+  if (tiles > 0) {
+    fetch(tile_start(0));
+    if (EARLY) fetch_bc(tile_start(0));
+  }
 #pragma unroll 1
   for (int i = 0; i < tiles; i++, buffer ^= 1) {
     const int t0 = tile_start(i);
     const Extent n = extent(t0);
-    const Raw now_u = next_u, now_z = next_z;
-    // stage: Δ and Δu (or dy) of this thread's elements
+    const Raw now_u = next_u;
+    Raw now_z = next_z;
+    // stage: Δ and Δu (or dy) of this thread's elements; what does not exist was loaded as zero
+    if (o.any) {
 #pragma unroll
-    for (int c = 0; c < OWN_C; c++)
+      for (int c = 0; c < OWN_C; c++) {
+        float step[OWN_T], x[OWN_T];
 #pragma unroll
-      for (int t = 0; t < OWN_T; t++) {
-        float step = t < n.t ? step_size(next_delta.at(c, t) + bias[c]) : 0.f;
-        float x;
-        if (MODE == 2) {
-          x = now_u.at(c, t);
-          if (HAS_Z) {
-            float g = now_z.at(c, t);
-            x *= g * sigmoid(g);
+        for (int t = 0; t < OWN_T; t++) {
+          step[t] = t < n.t ? step_size(next_delta.at(c, t) + bias[c]) : 0.f;
+          x[t] = now_u.at(c, t);
+          if (MODE != 2) {
+            x[t] *= step[t];
+          } else if (HAS_Z) {
+            const float gate = now_z.at(c, t);
+            x[t] *= gate * sigmoid(gate);
           }
-        } else {
-          x = step * now_u.at(c, t);
         }
-        if (!o.any) continue;
-        int at = tile_at(o.channel + c, o.step + t);
-        dt_tile[at] = step;
-        x_tile[at] = t < n.t ? x : 0.f;
+        tile_write(dt_tile, o.channel + c, o.step, step);
+        tile_write(x_tile, o.channel + c, o.step, x);
       }
+    }
     float* const b_tile = bc_tile + buffer * BC_TILES * BC_FLOATS;
     float* const c_tile = b_tile + (USE_B && !CONST_B ? BC_FLOATS : 0);
+    if (!EARLY) fetch_bc(t0);
     if constexpr (USE_B && !CONST_B) next_B.store(b_tile);
     if constexpr (USE_C && !CONST_C) next_C.store(c_tile);
-    if (i + 1 < tiles) fetch(tile_start(i + 1));
+    if (HAS_Z && MODE == 0) load(now_z, OWN_AT(z, t0), p.z_step, n);
+    if (i + 1 < tiles) {
+      fetch(tile_start(i + 1));
+      if (EARLY) fetch_bc(tile_start(i + 1));
+    }
     __syncthreads();
 
 #pragma unroll 1
-    for (int j = 0; j < TILE / G; j++) {
-      const int g0 = MODE == 2 ? TILE - G - j * G : j * G;
-      if (MODE == 0 && kept && t0 + g0 == next_state) {
-        if (t0 + g0 < w.end && exists) {
+    for (int j = 0; j < TILE; j += 16) {
+      const int start = MODE == 2 ? TILE - 16 - j : j;
+      if (MODE == 0 && kept && t0 + start == next_state) {
+        if (t0 + start < w.end && exists) {
+          if constexpr (PER % 4 == 0 && STATE % 4 == 0) {
 #pragma unroll
-          for (int k = 0; k < PER; k++)
-            if (s * PER + k < STATE) kept[k] = h[k];
+            for (int k = 0; k < PER; k += 4)
+              if (s * PER + k < STATE) *(float4*)(kept + k) = make_float4(h[k], h[k + 1], h[k + 2], h[k + 3]);
+          } else {
+#pragma unroll
+            for (int k = 0; k < PER; k++)
+              if (s * PER + k < STATE) kept[k] = h[k];
+          }
         }
         kept += p.dim * STATE;
         next_state += p.checkpoint;
       }
+#pragma unroll UNROLL
+      for (int m = 0; m < 16; m += G) {
+      const int g0 = start + (MODE == 2 ? 16 - G - m : m);
       float y[G];
 #pragma unroll
       for (int q = 0; q < G; q += 4) {
@@ -182,26 +195,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 #pragma unroll
         for (int t = 0; t < MINE; t++) dt_tile[tile_at(channel, first + t)] = y[t];
       }
+      }
     }
 
     if (DIM_LAYOUT) __syncthreads(); else __syncwarp();
     if (MODE == 0 && o.any) {
       float v[OWN_C][OWN_T];
 #pragma unroll
-      for (int c = 0; c < OWN_C; c++)
+      for (int c = 0; c < OWN_C; c++) {
+        tile_read(v[c], dt_tile, o.channel + c, o.step);
 #pragma unroll
         for (int t = 0; t < OWN_T; t++) {
-          float r = dt_tile[tile_at(o.channel + c, o.step + t)];
-          if (HAS_D) r = fmaf(skip[c], now_u.at(c, t), r);
+          if (HAS_D) v[c][t] = fmaf(skip[c], now_u.at(c, t), v[c][t]);
           if (HAS_Z) {
-            float g = now_z.at(c, t);
-            r *= g * sigmoid(g);
+            const float gate = now_z.at(c, t);
+            v[c][t] *= gate * sigmoid(gate);
           }
-          v[c][t] = r;
         }
+      }
       Raw r;
       put(r, v);
-      store(r, out + t0 * p.out_step, p.out_step, n);
+      store(r, (scalar*)OWN_AT(out, t0), p.out_step, n);
     }
   }
 
