@@ -122,23 +122,23 @@ def row_bounds(cu_seqlens, row, length, PACKED: tl.constexpr):
 
 
 @triton.jit
-def line_offsets(t, d, line, TIME_CONTIGUOUS: tl.constexpr):
-    """Offsets [BT, BD] into a tensor whose axis of stride 1 is length or dim; ``line`` is the other's stride."""
+def lines(x, t0, tau, d, line, TIME_CONTIGUOUS: tl.constexpr):
+    """Pointers [BT, BD] to steps t0 + tau of channels d; the axis of stride 1 is length or dim, ``line`` the other's."""
     if TIME_CONTIGUOUS:
-        return t[:, None] + d[None, :] * line
+        return (x + t0) + (tau[:, None] + d[None, :] * line)
     else:
-        return t[:, None] * line + d[None, :]
+        return (x + t0 * line) + (tau.to(tl.int64)[:, None] * line + d[None, :])
 
 
 @triton.jit
-def load_lines(x, t, d, line, mask, TIME_CONTIGUOUS: tl.constexpr):
-    return tl.load(x + line_offsets(t, d, line, TIME_CONTIGUOUS), mask=mask, other=0.0).to(tl.float32)
+def load_lines(x, t0, tau, d, line, mask, TIME_CONTIGUOUS: tl.constexpr):
+    return tl.load(lines(x, t0, tau, d, line, TIME_CONTIGUOUS), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_projection(M, t, t_ok, n, n_ok, stride_n, stride_t):
+def load_projection(M, t0, tau, t_ok, n, n_ok, stride_n, stride_t):
     """[BT, BN, 1] of a B or C that varies with time; M points at its batch entry and group."""
-    tile = M + t[:, None] * stride_t + n[None, :] * stride_n
+    tile = (M + t0 * stride_t) + (tau.to(tl.int64)[:, None] * stride_t + n.to(tl.int64)[None, :] * stride_n)
     return computed_once(tl.load(tile, mask=t_ok[:, None] & n_ok[None, :], other=0.0).to(tl.float32))[:, :, None]
 
 
@@ -250,13 +250,15 @@ def forward_kernel(
             if tile % TILES == 0:
                 slot = (start // K + row if PACKED else row * tl.cdiv(length, K)) + t0 // K
                 tl.store(states + slot * dim * state + nd, h, mask=nd_ok)
-        t_ok = t0 + tau < end
-        t = start + t0 + tau
+        t = start + t0
+        t_ok = tau < tl.minimum(end - t0, BT).to(tl.int32)
         td_ok = t_ok[:, None] & d_ok[None, :]
-        x = load_lines(u, t, d, u_line, td_ok, TIME_CONTIGUOUS)
-        _, size = step_sizes(load_lines(delta, t, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS)
+        x = load_lines(u, t, tau, d, u_line, td_ok, TIME_CONTIGUOUS)
+        _, size = step_sizes(
+            load_lines(delta, t, tau, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS
+        )
         if B_t is not None:
-            B_tile = load_projection(B, t, t_ok, n, n_ok, B_n, B_t)
+            B_tile = load_projection(B, t, tau, t_ok, n, n_ok, B_n, B_t)
         a = tl.exp2(size[:, None, :] * rate[None, :, :])
         b = (size * x)[:, None, :] * B_tile
         hs, _, h = run_states(a, b, h, BT)
@@ -264,14 +266,14 @@ def forward_kernel(
             total += tl.sum(size, axis=0)
         else:
             if C_t is not None:
-                C_tile = load_projection(C, t, t_ok, n, n_ok, C_n, C_t)
+                C_tile = load_projection(C, t, tau, t_ok, n, n_ok, C_n, C_t)
             y = tl.sum(hs * C_tile, axis=1)
             if D is not None:
                 y += skip[None, :] * x
             if z is not None:
-                gate = load_lines(z, t, d, z_line, td_ok, TIME_CONTIGUOUS)
+                gate = load_lines(z, t, tau, d, z_line, td_ok, TIME_CONTIGUOUS)
                 y *= gate * sigmoid(gate)
-            tl.store(out + line_offsets(t, d, out_line, TIME_CONTIGUOUS), y.to(out.dtype.element_ty), mask=td_ok)
+            tl.store(lines(out, t, tau, d, out_line, TIME_CONTIGUOUS), y.to(out.dtype.element_ty), mask=td_ok)
         tile += 1
 
     if ONLY_STATE:
@@ -366,16 +368,18 @@ def adjoint_kernel(
     tile = tl.cdiv(stop - first, BT)
     while tile > 0:
         tile -= 1
-        t = first + tile * BT + tau
-        t_ok = t < stop
+        t = first + tile * BT
+        t_ok = tau < tl.minimum(stop - t, BT).to(tl.int32)
         td_ok = t_ok[:, None] & d_ok[None, :]
-        _, size = step_sizes(load_lines(delta, t, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS)
-        dy = load_lines(dout, t, d, dout_line, td_ok, TIME_CONTIGUOUS)
+        _, size = step_sizes(
+            load_lines(delta, t, tau, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS
+        )
+        dy = load_lines(dout, t, tau, d, dout_line, td_ok, TIME_CONTIGUOUS)
         if z is not None:
-            gate = load_lines(z, t, d, z_line, td_ok, TIME_CONTIGUOUS)
+            gate = load_lines(z, t, tau, d, z_line, td_ok, TIME_CONTIGUOUS)
             dy *= gate * sigmoid(gate)
         if C_t is not None:
-            C_tile = load_projection(C, t, t_ok, n, n_ok, C_n, C_t)
+            C_tile = load_projection(C, t, tau, t_ok, n, n_ok, C_n, C_t)
         a = tl.exp2(size[:, None, :] * rate[None, :, :])
         c = dy[:, None, :] * C_tile
         _, x = run_adjoint(a, c, x, BT)
@@ -476,14 +480,14 @@ def backward_kernel(
                 r = tl.load(h_tile, mask=nd_ok, other=0.0)
                 s = sub * 0
                 while s < sub:
-                    ts = start + t0 + (s - sub) * BT + tau
-                    s_ok = ts < start + end
+                    ts = start + t0 + (s - sub) * BT
+                    s_ok = tau < tl.minimum(start + end - ts, BT).to(tl.int32)
                     sd_ok = s_ok[:, None] & d_ok[None, :]
-                    v = load_lines(u, ts, d, u_line, sd_ok, TIME_CONTIGUOUS)
-                    raw = load_lines(delta, ts, d, delta_line, sd_ok, TIME_CONTIGUOUS)
+                    v = load_lines(u, ts, tau, d, u_line, sd_ok, TIME_CONTIGUOUS)
+                    raw = load_lines(delta, ts, tau, d, delta_line, sd_ok, TIME_CONTIGUOUS)
                     _, size = step_sizes(raw, step_bias, sd_ok, SOFTPLUS)
                     if B_t is not None:
-                        B_tile = load_projection(B, ts, s_ok, n, n_ok, B_n, B_t)
+                        B_tile = load_projection(B, ts, tau, s_ok, n, n_ok, B_n, B_t)
                     a = tl.exp2(size[:, None, :] * rate[None, :, :])
                     _, _, r = run_states(a, (size * v)[:, None, :] * B_tile, r, BT)
                     s += 1
@@ -491,18 +495,20 @@ def backward_kernel(
                 tl.debug_barrier()
             h_tile = tl.where(sub == 0, h_tile, kept + sub * dim * state + nd)
         h = tl.load(h_tile, mask=nd_ok, other=0.0)
-        t_ok = t0 + tau < end
-        t = start + t0 + tau
+        t = start + t0
+        t_ok = tau < tl.minimum(end - t0, BT).to(tl.int32)
         td_ok = t_ok[:, None] & d_ok[None, :]
-        v = load_lines(u, t, d, u_line, td_ok, TIME_CONTIGUOUS)
-        raw, size = step_sizes(load_lines(delta, t, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS)
-        dy = load_lines(dout, t, d, dout_line, td_ok, TIME_CONTIGUOUS)
+        v = load_lines(u, t, tau, d, u_line, td_ok, TIME_CONTIGUOUS)
+        raw, size = step_sizes(
+            load_lines(delta, t, tau, d, delta_line, td_ok, TIME_CONTIGUOUS), step_bias, td_ok, SOFTPLUS
+        )
+        dy = load_lines(dout, t, tau, d, dout_line, td_ok, TIME_CONTIGUOUS)
         if z is not None:
-            gate = load_lines(z, t, d, z_line, td_ok, TIME_CONTIGUOUS)
+            gate = load_lines(z, t, tau, d, z_line, td_ok, TIME_CONTIGUOUS)
         if B_t is not None:
-            B_tile = load_projection(B, t, t_ok, n, n_ok, B_n, B_t)
+            B_tile = load_projection(B, t, tau, t_ok, n, n_ok, B_n, B_t)
         if C_t is not None:
-            C_tile = load_projection(C, t, t_ok, n, n_ok, C_n, C_t)
+            C_tile = load_projection(C, t, tau, t_ok, n, n_ok, C_n, C_t)
         a = tl.exp2(size[:, None, :] * rate[None, :, :])
         b = (size * v)[:, None, :] * B_tile
         hs, decayed, _ = run_states(a, b, h, BT)
@@ -513,13 +519,13 @@ def backward_kernel(
             if D is not None:
                 y += skip[None, :] * v
             slope = dy * y * open_ * (1.0 + gate * (1.0 - open_))
-            tl.store(dz + line_offsets(t, d, dz_line, TIME_CONTIGUOUS), slope.to(dz.dtype.element_ty), mask=td_ok)
+            tl.store(lines(dz, t, tau, d, dz_line, TIME_CONTIGUOUS), slope.to(dz.dtype.element_ty), mask=td_ok)
             dy *= gate * open_
-        tn = t[:, None] + n.to(tl.int64)[None, :] * length
+        tn = tau[:, None] + n.to(tl.int64)[None, :] * length
         tn_ok = t_ok[:, None] & n_ok[None, :]
         dC_tile = dy[:, None, :] * hs
         if C_t is not None:
-            add_or_store(dC + tn, sum_channels(dC_tile, HALVINGS), tn_ok, ATOMIC_BLOCKS)
+            add_or_store((dC + t) + tn, sum_channels(dC_tile, HALVINGS), tn_ok, ATOMIC_BLOCKS)
         else:
             dC_sum += tl.sum(dC_tile, axis=0)
         c = dy[:, None, :] * C_tile
@@ -531,18 +537,16 @@ def backward_kernel(
         if D is not None:
             dx += skip[None, :] * dy
             dD_sum += tl.sum(dy * v, axis=0)
-        tl.store(du + line_offsets(t, d, du_line, TIME_CONTIGUOUS), dx.to(du.dtype.element_ty), mask=td_ok)
+        tl.store(lines(du, t, tau, d, du_line, TIME_CONTIGUOUS), dx.to(du.dtype.element_ty), mask=td_ok)
         dsize = v * GB + tl.sum(through * A_tile[None, :, :], axis=1)
         if SOFTPLUS:
             dsize *= sigmoid(raw)
-        tl.store(
-            ddelta + line_offsets(t, d, ddelta_line, TIME_CONTIGUOUS), dsize.to(ddelta.dtype.element_ty), mask=td_ok
-        )
+        tl.store(lines(ddelta, t, tau, d, ddelta_line, TIME_CONTIGUOUS), dsize.to(ddelta.dtype.element_ty), mask=td_ok)
         dbias_sum += tl.sum(tl.where(td_ok, dsize, 0.0), axis=0)
         dA_sum += tl.sum(through * size[:, None, :], axis=0)
         dB_tile = (size * v)[:, None, :] * G
         if B_t is not None:
-            add_or_store(dB + tn, sum_channels(dB_tile, HALVINGS), tn_ok, ATOMIC_BLOCKS)
+            add_or_store((dB + t) + tn, sum_channels(dB_tile, HALVINGS), tn_ok, ATOMIC_BLOCKS)
         else:
             dB_sum += tl.sum(dB_tile, axis=0)
 
