@@ -8,6 +8,7 @@ user makes, not the kernel alone.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from .peers import Peer
 from .profiling import roofline, timer
 from .profiling.device import Ceilings, Device
 
-USES = ("inference", "training", "backward")
+USES = ("inference", "backward", "training")
 # how far a peer's result may be from ours, in norm, and still count as the same computation
 AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 
@@ -34,7 +35,14 @@ class Runner:
     kind: str  # "backend" or "peer"
     scan: Scan
     unfit: Callable[[Any], str | None]  # problem -> why it is not run, or None
-    alone: bool = False  # timed by itself, since it fills the memory
+    alone: bool = False  # slow and fills the memory: timed by itself, while the allowance lasts
+
+
+@dataclasses.dataclass
+class Allowance:
+    """Seconds that may still be spent on slow runners, in all."""
+
+    left: float
 
 
 def backend(op: Op, name: str, function: Callable[..., Any]) -> Runner:
@@ -87,24 +95,33 @@ def results(
     device: Device,
     seconds: float,
     uses: tuple[str, ...] = USES,
+    allowance: Allowance | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Time every runner in every use of a case; one record each, as it is made.
 
-    The first runner is trusted (its gate is green); one whose result is far from its result gets no time.
+    The first runner is trusted (its gate is green); one whose result is far from its result gets no time. allowance:
+    for runners that are timed alone; it is spent over all cases it is passed to, and what comes after gets no time.
     """
+    allowance = allowance or Allowance(float("inf"))
     for use in uses:
         problem = case.used(use, device.kind)
         reasons = {r.name: r.unfit(problem) for r in runners}
         differences: dict[str, float] = {}
-        trusted = None
-        for r in runners:
-            if reasons[r.name] is None and use != "training":
-                trusted = _try(op, case, tensors, r, use, trusted, reasons, differences)
-        fit = [r for r in runners if reasons[r.name] is None]
-        groups = [[r for r in fit if not r.alone], *([r] for r in fit if r.alone)]
         timings: dict[str, timer.Timing | str] = {}
-        for group in groups:
-            timings |= _time(op, tensors, group, use, device, seconds)
+        trusted = None
+        for r in (r for r in runners if reasons[r.name] is None and not r.alone):
+            trusted = _try(op, case, tensors, r, use, trusted, reasons, differences)
+        timings |= _time(op, tensors, [r for r in runners if not (reasons[r.name] or r.alone)], use, device, seconds)
+        for r in (r for r in runners if reasons[r.name] is None and r.alone):
+            if allowance.left <= 0:
+                reasons[r.name] = "the time for slow implementations was used up"
+                continue
+            begin = time.perf_counter()
+            if use != "training":
+                trusted = _try(op, case, tensors, r, use, trusted, reasons, differences)
+            if reasons[r.name] is None:
+                timings |= _time(op, tensors, [r], use, device, seconds)
+            allowance.left -= time.perf_counter() - begin
         for r in runners:
             record: dict[str, Any] = {"runner": r.name, "kind": r.kind, "use": use}
             outcome = reasons[r.name] or timings[r.name]
@@ -124,7 +141,7 @@ def _try(op, case, tensors, runner: Runner, use: str, trusted, reasons, differen
     """Run once, note why it cannot or must not be timed, and return the result that the others are held against."""
     try:
         got = call(runner.scan, tensors, op.cases.ARGUMENTS, use)()
-        got = (got if use == "inference" else got[0]).float()
+        got = (got[0] if use == "backward" else got).detach().float()
         if trusted is None:
             return got
         differences[runner.name] = float((got - trusted).norm() / trusted.norm())
@@ -139,6 +156,8 @@ def _time(op, tensors, group: list[Runner], use: str, device: Device, seconds: f
     def calls(runners: list[Runner]) -> dict[str, Callable[[], Any]]:
         return {r.name: call(r.scan, tensors, op.cases.ARGUMENTS, use) for r in runners}
 
+    if not group:
+        return {}
     try:
         return dict(timer.compare(calls(group), device, seconds=seconds))
     except Exception as e:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 from . import BadArgument, console, pick_device, table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.progress import Progress
 
-    from ..measure import Runner
+    from ..measure import Allowance, Runner
     from ..op import Op
     from ..profiling.device import Device
 
 CHECKED_STEPS = 384  # of the text's activations: what a float64 reference does in about a second
+PEER_SECONDS = 75.0
 ABOUT = "random tensors distributed as in a Mamba layer at initialisation"
 
 
@@ -30,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=0.2, metavar="N", help="time spent on a measurement (default: %(default)s)"
     )
+    parser.add_argument(
+        "--peer-seconds", type=float, default=PEER_SECONDS, metavar="N",
+        help="time spent on implementations without a kernel, in all (default: %(default)s)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,10 +44,12 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import text
     from ..check import find_op
+    from ..measure import Allowance
     from ..profiling import report as pages
 
-    if not (math.isfinite(args.seconds) and args.seconds > 0):
-        raise BadArgument(f"--seconds: expected a number above 0, got {args.seconds}")
+    for option, value in (("--seconds", args.seconds), ("--peer-seconds", args.peer_seconds)):
+        if not (math.isfinite(value) and value > 0):
+            raise BadArgument(f"{option}: expected a number above 0, got {value}")
     device = pick_device(args.device)
     path = Path(args.text) if args.text else text.default_path()
     if path is None:
@@ -62,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
         with Progress(*columns, console=out, transient=True) as bar:
             record["gate"] = _gate(device, root, bar)
             red = [name for name, g in record["gate"].items() if g["failed"]]
-            for case in _cases(op, device, (path, *read), _runners(op, record, device), args.seconds, bar):
+            runners, allowance = _runners(op, record, device), Allowance(args.peer_seconds)
+            for case in _cases(op, device, (path, *read), runners, args.seconds, allowance, bar):
                 record["cases"].append(case)
                 pages.save(record, folder)
         record["complete"] = True
@@ -104,6 +114,7 @@ def _record(args: argparse.Namespace, device: Device) -> dict[str, Any]:
 
     options = [f"--device {args.device}"] * bool(args.device) + [f"--text {args.text}"] * bool(args.text)
     options += ["--tune"] * args.tune + [f"--seconds {args.seconds:g}"] * (args.seconds != 0.2)
+    options += [f"--peer-seconds {args.peer_seconds:g}"] * (args.peer_seconds != PEER_SECONDS)
     return {
         "schema": 1,
         "command": " ".join(["python -m scan_kernels report", *options]),
@@ -164,7 +175,10 @@ def _runners(op: Op, record: dict[str, Any], device: Device) -> list[Runner]:
     return runners
 
 
-def _cases(op: Op, device: Device, read: tuple[Path, Any, dict], runners: list[Runner], seconds: float, bar: Progress):
+def _cases(
+    op: Op, device: Device, read: tuple[Path, Any, dict], runners: list[Runner], seconds: float, allowance: Allowance,
+    bar: Progress,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Measure case after case: those of the op, then the text's."""
     from .. import check, measure
     from ..profiling.device import ceilings
@@ -187,7 +201,7 @@ def _cases(op: Op, device: Device, read: tuple[Path, Any, dict], runners: list[R
             made["check"] = _checked(op, case, tensors, [r.name for r in runners if r.kind == "backend"], check)
             fit = [r for r in runners if made["check"].get(r.name, {"ok": True})["ok"]]
         bar.update(task, description=f"timing {title}")
-        for result in measure.results(op, case, tensors, fit, device, seconds):
+        for result in measure.results(op, case, tensors, fit, device, seconds, allowance=allowance):
             made["results"].append(result)
             bar.update(task, advance=1, description=f"timing {title}: {result['use']}")
         del tensors

@@ -1,0 +1,396 @@
+"""Timer, ceilings, roofline arithmetic, report pages, and the verbs bench and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from scan_kernels.profiling import report, roofline, timer
+from scan_kernels.profiling.device import Ceiling, ceilings, describe
+
+from scan_kernels import measure, selective_scan, text
+from scan_kernels.peers import PEERS, Peer
+from scan_kernels.selective_scan import OP
+from scan_kernels.selective_scan.cases import ARGUMENTS, Case
+from scan_kernels.selective_scan.problem import Problem
+
+CPU = describe("cpu")
+
+
+# ---- timer -----------------------------------------------------------------------------------------------------
+
+
+def test_a_slower_callable_measures_slower_and_the_quartiles_are_in_order():
+    timings = timer.compare({"slow": lambda: time.sleep(4e-3), "fast": lambda: time.sleep(1e-3)}, CPU, seconds=0.1)
+    for t in timings.values():
+        assert 0 < t.low_s <= t.median_s <= t.high_s
+        assert t.runs >= timer.LEAST_RUNS
+    assert timings["fast"].median_s < timings["slow"].median_s
+    assert 4e-3 <= timings["slow"].median_s < 40e-3
+
+
+def test_a_quick_callable_is_timed_in_batches():
+    t = timer.measure(lambda: None, CPU, seconds=0.02)
+    assert t.median_s < 1e-5
+    assert f"{timer.MOST_CALLS} calls" in t.method
+
+
+def test_a_very_slow_callable_is_called_twice():
+    calls = []
+    t = timer.measure(lambda: (calls.append(1), time.sleep(0.06)), CPU, seconds=0.01)
+    assert len(calls) == 2
+    assert t.runs == 1
+    assert t.median_s >= 0.06
+
+
+def test_the_first_call_is_not_counted():
+    calls = []
+
+    def compiles_first():
+        calls.append(1)
+        time.sleep(0.3 if len(calls) == 1 else 1e-3)
+
+    assert timer.measure(compiles_first, CPU, seconds=0.05).median_s < 0.1
+
+
+def test_what_a_callable_raises_comes_through():
+    def broken():
+        raise ArithmeticError("no")
+
+    with pytest.raises(ArithmeticError):
+        timer.measure(broken, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_timed_by_graph_replay_and_what_cannot_be_captured_by_events():
+    device = describe("cuda")
+    x = torch.randn(1 << 24, device="cuda")
+    timings = timer.compare({"kernel": lambda: x + 1, "waits": lambda: (x + 1)[0].item()}, device, seconds=0.1)
+    assert "CUDA-graph" in timings["kernel"].method
+    assert "events" in timings["waits"].method
+    # 128 MiB move; no GPU does it in under 10 us, and one that needs 10 ms is not one
+    assert 1e-5 < timings["kernel"].median_s < 1e-2
+    leaf = x.clone().requires_grad_()
+    backward = measure.call(lambda u: u * u, {"u": leaf, "dout": torch.ones_like(x)}, ("u",), "backward")
+    assert "CUDA-graph" in timer.measure(backward, device, seconds=0.1).method
+
+
+# ---- ceilings and roofline -----------------------------------------------------------------------------------
+
+
+def test_ceilings_of_this_cpu_are_plausible_and_measured_once():
+    begin = time.perf_counter()
+    found = {c.resource: c for c in ceilings(CPU)}
+    took = time.perf_counter() - begin
+    assert set(found) == {"bytes", "exps", "flops"}
+    assert 1e8 < found["bytes"].per_second < 1e13
+    assert 1e7 < found["exps"].per_second < found["flops"].per_second < 1e15
+    assert took < 30
+    assert ceilings(CPU) is ceilings(CPU)
+
+
+@dataclasses.dataclass
+class Counted:
+    n: int = 1
+
+    def bytes(self):
+        return 600 * self.n
+
+    def exps(self):
+        return 20 * self.n
+
+    def flops(self):
+        return 100 * self.n
+
+
+def ceiling(resource, per_second, unit):
+    return Ceiling(resource, per_second, unit, "given")
+
+
+def test_the_busiest_unit_is_the_bound():
+    made = roofline.bound(
+        Counted(), (ceiling("bytes", 100.0, "memory"), ceiling("exps", 2.0, "sfu"), ceiling("flops", 50.0, "fp32"))
+    )
+    assert made.needs == {"bytes": 6.0, "exps": 10.0, "flops": 2.0}
+    assert (made.unit, made.seconds) == ("sfu", 10.0)
+    assert made.share(40.0) == 0.25
+
+
+def test_resources_of_one_unit_wait_for_each_other():
+    made = roofline.bound(
+        Counted(), (ceiling("bytes", 50.0, "memory"), ceiling("exps", 2.0, "vector"), ceiling("flops", 25.0, "vector"))
+    )
+    assert made.units == {"memory": 12.0, "vector": 14.0}
+    assert (made.unit, made.seconds) == ("vector", 14.0)
+
+
+def test_a_resource_the_problem_does_not_count_is_left_out():
+    made = roofline.bound(Counted(), (ceiling("shuffles", 1.0, "lsu"), ceiling("bytes", 600.0, "memory")))
+    assert made.needs == {"bytes": 1.0}
+    with pytest.raises(ValueError, match="no known ceiling"):
+        roofline.bound(Counted(), ())
+
+
+def test_the_bound_of_the_paper_shape_on_an_h100():
+    """By hand, per element: 8 bytes, 16 + 2 + 2 exponentials; B and C of (8, 16, 2048) add 1 MB."""
+    problem = Problem("forward", 8, 5120, 2048, 16, dtype="bfloat16", has_z=True, softplus=True)
+    h100 = (ceiling("bytes", 3.00e12, "memory"), ceiling("exps", 4.12e12, "sfu"))
+    made = roofline.bound(problem, h100)
+    elements = 8 * 5120 * 2048
+    assert made.unit == "sfu"
+    assert made.seconds == pytest.approx(elements * 20 / 4.12e12)
+    assert made.needs["bytes"] == pytest.approx(elements * 8 / 3.00e12, rel=0.01)
+
+
+# ---- measuring backends and peers ------------------------------------------------------------------------------
+
+
+def test_a_backend_gets_a_bound_and_a_peer_that_disagrees_gets_no_time():
+    case = Case("small", batch=1, dim=8, length=40)
+    wrong = measure.Runner(
+        "wrong", "peer", lambda **a: 2 * selective_scan(**a, backend="chunked"), lambda p: None, True
+    )
+    unfit = measure.Runner("unfit", "peer", lambda **a: None, lambda p: "cannot", True)
+    fails = measure.Runner("fails", "peer", lambda **a: a["u"].missing, lambda p: None)
+    runners = [measure.backend(OP, "chunked", selective_scan), wrong, unfit, fails]
+    found = list(measure.results(OP, case, case.make(), runners, CPU, 0.01, ("inference", "backward")))
+    ours = [r for r in found if r["runner"] == "chunked"]
+    assert [r["use"] for r in ours] == ["inference", "backward"]
+    assert all(r["median_s"] > 0 and r["config"] and r["chosen"] for r in ours)
+    reasons = {r["runner"]: r["reason"] for r in found if "reason" in r}
+    assert reasons["wrong"].startswith("disagrees")
+    assert reasons["unfit"] == "cannot"
+    assert "AttributeError" in reasons["fails"]
+    need = measure.bounds(case.used("inference"), ceilings(CPU))
+    assert need["elements"] == 8 * 40
+    assert need["counts"]["exps"] == 8 * 40 * 20
+
+
+def test_slow_runners_stop_when_their_allowance_is_spent():
+    case = Case("small", batch=1, dim=4, length=8)
+    slow = measure.Runner("slow", "peer", lambda **a: (time.sleep(0.02), selective_scan(**a))[1], lambda p: None, True)
+    allowance = measure.Allowance(0.01)
+    runners = [measure.backend(OP, "chunked", selective_scan), slow]
+    found = list(measure.results(OP, case, case.make(), runners, CPU, 0.01, measure.USES, allowance))
+    times = [r for r in found if r["runner"] == "slow"]
+    assert "median_s" in times[0]
+    assert all("used up" in r["reason"] for r in times[1:])
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda p: p.name)
+def test_an_installed_peer_computes_the_same(peer: Peer):
+    if "cpu" not in peer.devices:
+        pytest.skip(f"{peer.name} does not run on a CPU")
+    try:
+        scan = peer.load(OP)
+    except ImportError as e:
+        pytest.skip(f"{peer.name} is not installed: {e}")
+    for flags in ({}, {"D": False, "z": False, "bias": False}):
+        case = Case("small", batch=2, dim=6, length=21, **flags)
+        tensors = case.make()
+        for use in ("inference", "backward"):
+            ours = measure.call(lambda **a: selective_scan(**a, backend="chunked"), tensors, ARGUMENTS, use)()
+            theirs = measure.call(scan, tensors, ARGUMENTS, use)()
+            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_peer_says_why_it_does_not_fit():
+    loop = next(p for p in PEERS if p.loop_states)
+    base = Problem("forward", 1, 64, 256, 16)
+    assert loop.unfit(base, CPU) is None
+    assert "Python loop" in loop.unfit(dataclasses.replace(base, length=1 << 20), CPU)
+    assert "groups" in loop.unfit(dataclasses.replace(base, groups=2), CPU)
+    assert "backward" in loop.unfit(dataclasses.replace(base, direction="backward", dim=8192, length=4096), CPU)
+    assert "GB" in loop.unfit(dataclasses.replace(base, batch=1 << 16, dim=4096), CPU)
+
+
+# ---- real input ------------------------------------------------------------------------------------------------
+
+
+def test_text_activations_are_what_the_layer_feeds_its_scan(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"the quick brown fox" * 300)
+    case, tensors = text.activations(path, CPU)
+    assert (case.batch, case.length, case.state) == (1, text.LONGEST, 16)
+    assert tensors["u"].shape == (1, case.dim, case.length)
+    assert tensors["delta_softplus"] is True
+    # equal bytes give equal inputs: once the convolution's window is past its start, the text repeats every 19 steps
+    torch.testing.assert_close(tensors["u"][..., 30], tensors["u"][..., 49])
+    cut = text.beginning(tensors, 40)
+    out = selective_scan(**{k: v for k, v in tensors.items() if k not in ("dout", "dlast_state")})
+    part = selective_scan(**{k: v for k, v in cut.items() if k not in ("dout", "dlast_state")})
+    torch.testing.assert_close(part, out[..., :40])
+
+
+def test_a_bad_text_is_one_line(tmp_path):
+    empty = tmp_path / "empty"
+    empty.touch()
+    for path in (empty, tmp_path / "missing", tmp_path):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            text.activations(path, CPU)
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------
+
+
+def small_report() -> report.Report:
+    need = {
+        "elements": 1000, "counts": {"bytes": 8000, "exps": 20000, "flops": 100000}, "seconds": 2e-3, "unit": "vector",
+        "needs": {"bytes": 1e-3, "exps": 1.5e-3, "flops": 5e-4}, "units": {"memory": 1e-3, "vector": 2e-3},
+    }  # fmt: skip
+
+    def result(runner, kind, use, s):
+        timing = {
+            "median_s": s,
+            "low_s": 0.9 * s,
+            "high_s": 1.1 * s,
+            "runs": 9,
+            "method": "wall clock, 1 call a sample",
+        }
+        return {"runner": runner, "kind": kind, "use": use} | timing
+
+    return {
+        "schema": 1, "command": "python -m scan_kernels report", "date": "2026-11-23T00:00:00+00:00", "seconds": 0.2,
+        "complete": True, "device": dataclasses.asdict(CPU) | {"name": "A <fast> CPU", "slug": "a-fast-cpu"},
+        "ceilings": [dataclasses.asdict(ceiling(*c)) for c in
+                     (("bytes", 8e6, "memory"), ("exps", 1.3e7, "vector"), ("flops", 2e8, "vector"))],
+        "versions": {"torch": "2"},
+        "gate": {"ours": {"cases": 9, "failed": 0, "skipped": ""}, "bad": {"cases": 9, "failed": 2, "skipped": ""}},
+        "peers": [{"name": "theirs", "what": "x", "version": "1", "missing": None},
+                  {"name": "absent", "what": "y", "version": "", "missing": "not installed"}],
+        "cases": [{
+            "name": "one", "title": "1x10x100", "about": "random", "uses": {"inference": need, "backward": need},
+            "results": [result("ours", "backend", "inference", 4e-3), result("theirs", "peer", "inference", 8e-2),
+                        result("ours", "backend", "backward", 1e-2),
+                        {"runner": "theirs", "kind": "peer", "use": "backward", "reason": "takes minutes"}],
+        }],
+    }  # fmt: skip
+
+
+class Links(html.parser.HTMLParser):
+    """Collects what a browser would fetch, and the words of every table cell."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.fetched: list[str] = []
+        self.cells: list[str] = []
+        self.inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.fetched += [v for k, v in attributes if k in ("src", "href", "srcset", "data")]
+        self.inside = tag == "td"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.cells.append(data)
+            self.inside = False
+
+
+def test_a_page_is_rendered_from_json_alone_and_fetches_nothing(tmp_path):
+    made = small_report()
+    folder = tmp_path / "a-fast-cpu"
+    report.save(made, folder)
+    page = report.render(json.loads((folder / "report.json").read_text()), folder).read_text()
+    seen = Links(page)
+    assert len(seen.fetched) == len(report.PICTURES)
+    assert all(link.startswith("data:image/png;base64,") for link in seen.fetched)
+    assert not re.search(r"@import|url\(|<script", page)
+    # 1000 elements in 4 ms; half of the bound; 80 ms / 4 ms over the peer
+    first = seen.cells.index("4 ms")
+    assert seen.cells[first + 2 : first + 6] == ["0.00025", "50 %", "vector", "20x"]
+    assert "A &lt;fast&gt; CPU" in page
+    assert "2 of 9 FAILED" in page
+    assert "takes minutes" in page
+    assert "not installed" in page
+    for name in report.PICTURES:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_without_any_time_still_renders(tmp_path):
+    made = small_report() | {"complete": False}
+    made["cases"][0]["results"] = []
+    assert "Interrupted" in report.render(made, tmp_path).read_text()
+
+
+def test_the_index_shows_every_device_and_links_what_is_there(tmp_path):
+    for slug in ("one", "two"):
+        report.save(small_report(), tmp_path / slug)
+    report.render(small_report(), tmp_path / "one")
+    (tmp_path / "one" / "check.json").write_text("{}")
+    words = report.index(tmp_path).read_text()
+    assert words.count("## A <fast> CPU") == 2
+    assert "(one/report.html)" in words
+    assert "(one/check.json)" in words
+    assert "(one/speed.png)" in words
+    assert "(two/report.json)" in words
+    assert "(two/report.html)" not in words
+    assert "python -m scan_kernels report" in words
+    assert "| 1x10x100 | forward | ours | 4 ms | 0.00025 | 50 % | vector | 20x |" in words
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    report.write(path, "old")
+    report.write(path, "new")
+    assert path.read_text() == "new"
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report.write(path, "newer")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+# ---- verbs -----------------------------------------------------------------------------------------------------
+
+
+def verb(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "scan_kernels", *arguments], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_bench_prints_a_time_with_its_bound():
+    done = verb("bench", "--device", "cpu", "--shape", "1,32,64", "--backend", "chunked", "--seconds", "0.02",
+                "--direction", "forward")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "chunked" in line)
+    assert "forward" in line
+    assert "%" in line
+    assert "units" in line or "memory" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("bench", "--shape", "1,2"), "--shape"),
+        (("bench", "--shape", "1,2,0"), "--shape"),
+        (("bench", "--shape", "1,2,3", "--dtype", "int8"), "--dtype"),
+        (("bench", "--shape", "1,2,3", "--backend", "abacus"), "--backend"),
+        (("report", "--text", "/no/such/file"), "--text"),
+        (("report", "--seconds", "-1"), "--seconds"),
+    ],
+)
+def test_bad_arguments_give_one_line_and_exit_code_2(arguments, named, capsys):
+    from scan_kernels.__main__ import main
+
+    with pytest.raises(SystemExit) as e:
+        main([*arguments, "--device", "cpu"])
+    assert e.value.code == 2
+    words = capsys.readouterr().err
+    assert words.count("\n") == 1
+    assert named in words
