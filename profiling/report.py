@@ -77,10 +77,14 @@ def save(report: Report, folder: Path) -> None:
 def render(report: Report, folder: Path) -> Path:
     """Write report.html, which holds its pictures and fetches nothing, and the pictures as files beside it."""
     pictures = {}
-    if any(timed(case, use) for case in report["cases"] for use in ("inference", "backward")):
-        for name, (draw, *_) in PICTURES.items():
+    counted = {c["resource"] for c in report["ceilings"]}
+    ours = any(r["kind"] == "backend" and "median_s" in r for case in report["cases"] for r in case["results"])
+    for name, (draw, *_) in PICTURES.items():
+        if ours and (name != "roofline.png" or counted >= {"bytes", "exps"}):
             pictures[name] = draw(report)
             write(folder / name, pictures[name])
+        else:
+            (folder / name).unlink(missing_ok=True)
     page = folder / "report.html"
     write(page, _page(report, pictures))
     return page

@@ -78,17 +78,18 @@ def run(args: argparse.Namespace) -> int:
         record["complete"] = True
     except KeyboardInterrupt:
         out.print("interrupted: what was measured is kept")
-    if not record["cases"]:
-        return 130
-    pages.save(record, folder)
-    page = pages.render(record, folder)
-    index = pages.index(root)
-    out.print(_shown(record))
     for name in red:
         out.print(f"{name}: no speed is reported: its gate is red (see scan-kernels check)", markup=False)
     for p in record["peers"]:
         if p["missing"]:
             out.print(f"{p['name']}: {p['missing']}", markup=False)
+    if not record["cases"]:
+        out.print("nothing was timed, and nothing written but check.json")
+        return 1 if record["complete"] else 130
+    pages.save(record, folder)
+    page = pages.render(record, folder)
+    index = pages.index(root)
+    out.print(_shown(record))
     out.print(f"written: {page}, {index}", markup=False)
     return 1 if red else 0 if record["complete"] else 130
 
@@ -186,12 +187,13 @@ def _cases(
     if not any(r.kind == "backend" for r in runners):
         return
     path, text, activations = read
+    short = {long: name for name, long in op.cases.DTYPES.items()}
     cases = [*_bench(op, device), text]
     task = bar.add_task("timing", total=len(cases) * len(measure.USES) * len(runners))
     for case in cases:
         real = case is text
         tensors = activations if real else case.make(device.torch)
-        title = f"{case.batch}x{case.dim}x{case.length}, N={case.state}, {case.dtype}" + ", text" * real
+        title = f"{case.batch}x{case.dim}x{case.length} N={case.state} {short[case.dtype]}" + " text" * real
         about = f"the activations of a byte-level Mamba layer that reads {path.name}" if real else ABOUT
         made: dict[str, Any] = {"name": case.name, "title": title, "about": about, "results": []}
         made["uses"] = {u: measure.bounds(case.used(u, device.kind), ceilings(device)) for u in measure.USES}
