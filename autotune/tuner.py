@@ -62,6 +62,7 @@ def tune(
     the gap exceeds the noise. progress: called with each trial as it is made.
     """
     trials: dict[Name, Trial] = {}
+    slow: dict[Name, float] = {}  # refused for it: the strategy is told, so that it draws its conclusions
 
     def note(trial: Trial) -> None:
         trials[trial.name] = trial
@@ -70,17 +71,27 @@ def tune(
     def admitted(name: Name) -> bool:
         if name not in trials:
             best = min((t.timing.median_s for t in trials.values() if t.timing is not None), default=math.inf)
-            note(Trial(name, reason=_refusal(name, candidates[name], gate, device, best)))
+            reason, seconds = _refusal(name, candidates[name], gate, device, best)
+            note(Trial(name, reason=reason))
+            if seconds is not None:
+                slow[name] = seconds
         return not trials[name].reason
 
     def time_all(names: list[Name], request: Round) -> dict[Name, float]:
-        names = [n for n in names if admitted(n)]
+        passed = [n for n in names if admitted(n)]
         # the timer wants strings for names
-        callables = {str(i): candidates[n] for i, n in enumerate(names)}
-        timings = timer.compare(callables, device, seconds=request.seconds).values()
-        for n, timing in zip(names, timings, strict=True):
+        callables = {str(i): candidates[n] for i, n in enumerate(passed)}
+        try:
+            timings = timer.compare(callables, device, seconds=request.seconds).values()
+        except Exception as e:
+            if len(passed) == 1:
+                note(Trial(passed[0], reason=_said(e)))
+                return {}
+            # together they may not fit, or one fails only now: alone, the others still count
+            return {name: s for n in passed for name, s in time_all([n], request).items()}
+        for n, timing in zip(passed, timings, strict=True):
             note(Trial(n, timing, final=request.together))
-        return {n: t.median_s for n, t in zip(names, timings, strict=True)}
+        return {n: slow[n] for n in names if n in slow} | {n: t.median_s for n, t in zip(passed, timings, strict=True)}
 
     request = next(strategy, None)
     while request is not None:
@@ -97,8 +108,8 @@ def tune(
 
 def _refusal(
     name: Name, run: Callable[[], object], gate: Callable[[Name], str | None], device: Device, best: float
-) -> str:
-    """Why the candidate may not take part: it is wrong, raises, or is far slower than ``best``. Empty: it may."""
+) -> tuple[str, float | None]:
+    """Why the candidate may not take part, empty if it may: it is wrong, raises, or takes the seconds given beside."""
 
     def call() -> float:
         begin = time.perf_counter()
@@ -111,11 +122,15 @@ def _refusal(
     try:
         reason = gate(name)
         # the first call may compile
-        if reason is None and call() > limit and call() > limit:
-            reason = f"more than {HOPELESS_GROUP:g} times slower than the best"
+        if reason is None and call() > limit and (seconds := call()) > limit:
+            return f"more than {HOPELESS_GROUP:g} times slower than the best", seconds
     except Exception as e:
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-    return reason or ""
+        reason = _said(e)
+    return reason or "", None
+
+
+def _said(e: Exception) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
 def _winner(trials: Collection[Trial], default: Name) -> Name | None:

@@ -423,6 +423,35 @@ def test_a_wrong_and_a_raising_candidate_are_trials_with_a_reason_and_never_win(
     assert ran == []
 
 
+def test_a_candidate_that_fails_late_costs_only_itself():
+    calls = []
+
+    def late():
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("out of memory")
+
+    candidates = {"default": spin(1e-4), "late": late, "good": spin(2e-5)}
+    result = tuner.tune(candidates, lambda n: None, CPU, search.exhaustive(list(candidates), 0.2), "default")
+    assert result.winner == "good"
+    assert result.trials["late"].reason == "RuntimeError: out of memory"
+
+
+def test_a_slow_backend_costs_two_calls():
+    calls = []
+
+    def slow():
+        calls.append(1)
+        spin(0.05)()
+
+    candidates = {("quick", i): spin(1e-4) for i in range(4)} | {("slow", i): slow for i in range(4)}
+    strategy = search.halving(list(candidates), 0.1, group=lambda n: n[0])
+    result = tuner.tune(candidates, lambda n: None, CPU, strategy, ("quick", 0))
+    assert len(calls) == 2
+    assert result.winner[0] == "quick"
+    assert "slower" in result.trials["slow", 0].reason
+
+
 @pytest.mark.parametrize(("fastest", "winner"), [((0.90, 0.95, 0.99), "new"), ((0.90, 0.95, 1.00), "default")])
 def test_the_default_stays_unless_the_gap_exceeds_the_noise(monkeypatch, fastest, winner):
     def compare(fns, device, *, seconds):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..profiling.device import Device
 
 DIRECTIONS = ("forward", "backward", "both")
-BUDGET = {"cuda": 15.0, "cpu": 3.0}  # seconds of timing for a problem
+BUDGET = {"cuda": 15.0, "cpu": 2.0}  # seconds of timing for a problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direction", choices=DIRECTIONS, default="both")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS",
-        help="seconds of timing for a problem, compiling and checking not counted (default: 15 on a GPU, 3 on a CPU)",
+        help="seconds of timing for a problem, compiling and checking not counted (default: 15 on a GPU, 2 on a CPU)",
     )  # fmt: skip
 
 
