@@ -52,11 +52,30 @@ def sigmoid(x):
 
 
 @triton.jit
-def log2_rate(A):
-    """A in units of exp2; infinite rates become finite, so that a masked step (size 0) still leaves a state alone."""
-    rate = A * LOG2E
-    rate = tl.where(rate == float("-inf"), -MAX_FLOAT, rate)
-    return tl.where(rate == float("inf"), MAX_FLOAT, rate)
+def finite(A):
+    """A with infinite rates made finite, so that a masked step (size 0) still leaves a state alone."""
+    A = tl.where(float("-inf") == A, -MAX_FLOAT, A)
+    return tl.where(float("inf") == A, MAX_FLOAT, A)
+
+
+@triton.jit
+def decay(size, rate):
+    """exp(Δ A), [BT, BN, BD]. The change of base goes to Δ, whose rounding differs from step to step: in A it would be
+    the same error at every step, and grow with their number."""
+    return tl.exp2((size * LOG2E)[:, None, :] * rate[None, :, :])
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x as dtype, to nearest even; Triton's interpreter would cut bfloat16 off, so there it is rounded by hand."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+INTERPRETED = tl.constexpr(not isinstance(rounded, triton.JITFunction))
 
 
 # ---- recurrences along a tile [BT, BN, BD] --------------------------------------------------------------------------
@@ -123,7 +142,7 @@ def row_bounds(cu_seqlens, row, length, PACKED: tl.constexpr):
 
 @triton.jit
 def lines(x, t0, tau, d, line, TIME_CONTIGUOUS: tl.constexpr):
-    """Pointers [BT, BD] to steps t0 + tau of channels d; the axis of stride 1 is length or dim, ``line`` the other's."""
+    """Pointers [BT, BD] to steps t0 + tau of channels d; stride 1 is along length or dim, ``line`` the other's."""
     if TIME_CONTIGUOUS:
         return (x + t0) + (tau[:, None] + d[None, :] * line)
     else:
@@ -216,7 +235,7 @@ def forward_kernel(
     stop = tl.minimum(steps, first + span)
     u += batch * u_batch
     delta += batch * delta_batch
-    rate = log2_rate(tl.load(A + nd, mask=nd_ok, other=0.0))
+    rate = finite(tl.load(A + nd, mask=nd_ok, other=0.0))
     step_bias = tl.zeros([BD], tl.float32)
     if bias is not None:
         step_bias = tl.load(bias + d, mask=d_ok, other=0.0)
@@ -259,7 +278,7 @@ def forward_kernel(
         )
         if B_t is not None:
             B_tile = load_projection(B, t, tau, t_ok, n, n_ok, B_n, B_t)
-        a = tl.exp2(size[:, None, :] * rate[None, :, :])
+        a = decay(size, rate)
         b = (size * x)[:, None, :] * B_tile
         hs, _, h = run_states(a, b, h, BT)
         if ONLY_STATE:
@@ -273,7 +292,7 @@ def forward_kernel(
             if z is not None:
                 gate = load_lines(z, t, tau, d, z_line, td_ok, TIME_CONTIGUOUS)
                 y *= gate * sigmoid(gate)
-            tl.store(lines(out, t, tau, d, out_line, TIME_CONTIGUOUS), y.to(out.dtype.element_ty), mask=td_ok)
+            tl.store(lines(out, t, tau, d, out_line, TIME_CONTIGUOUS), rounded(y, out.dtype.element_ty), mask=td_ok)
         tile += 1
 
     if ONLY_STATE:
@@ -302,7 +321,7 @@ def combine_kernel(
     d_ok = d < dim
     ok = (n < state)[:, None] & d_ok[None, :]
     nd = d.to(tl.int64)[None, :] * state + n[:, None]
-    rate = log2_rate(tl.load(A + nd, mask=ok, other=0.0))
+    rate = finite(tl.load(A + nd, mask=ok, other=0.0))
     h = tl.zeros([BN, BD], tl.float32)
     if edge is not None:
         h = tl.load(edge + row * dim * state + nd, mask=ok, other=0.0)
@@ -315,7 +334,7 @@ def combine_kernel(
             before = piece + 1 if REVERSE else piece - 1
             size = tl.load(sizes + (row * pieces + before) * dim + d, mask=d_ok, other=0.0)
             # a product of growing decays may overflow where every single step is finite: 0 stays 0 then
-            h = own + tl.where(h == 0.0, 0.0, tl.exp2(size[None, :] * rate) * h)
+            h = own + tl.where(h == 0.0, 0.0, tl.exp2((size * LOG2E)[None, :] * rate) * h)
         tl.store(at, h, mask=ok)
         i += 1
 
@@ -355,7 +374,7 @@ def adjoint_kernel(
     dout += row * dout_batch
     if z is not None:
         z += row * z_batch
-    rate = log2_rate(tl.load(A + nd, mask=nd_ok, other=0.0))
+    rate = finite(tl.load(A + nd, mask=nd_ok, other=0.0))
     step_bias = tl.zeros([BD], tl.float32)
     if bias is not None:
         step_bias = tl.load(bias + d, mask=d_ok, other=0.0)
@@ -380,7 +399,7 @@ def adjoint_kernel(
             dy *= gate * sigmoid(gate)
         if C_t is not None:
             C_tile = load_projection(C, t, tau, t_ok, n, n_ok, C_n, C_t)
-        a = tl.exp2(size[:, None, :] * rate[None, :, :])
+        a = decay(size, rate)
         c = dy[:, None, :] * C_tile
         _, x = run_adjoint(a, c, x, BT)
         total += tl.sum(size, axis=0)
@@ -440,7 +459,7 @@ def backward_kernel(
         z += batch * z_batch
         dz += batch * dz_batch
     A_tile = tl.load(A + nd, mask=nd_ok, other=0.0)
-    rate = log2_rate(A_tile)
+    rate = finite(A_tile)
     step_bias = tl.zeros([BD], tl.float32)
     if bias is not None:
         step_bias = tl.load(bias + d, mask=d_ok, other=0.0)
@@ -488,7 +507,7 @@ def backward_kernel(
                     _, size = step_sizes(raw, step_bias, sd_ok, SOFTPLUS)
                     if B_t is not None:
                         B_tile = load_projection(B, ts, tau, s_ok, n, n_ok, B_n, B_t)
-                    a = tl.exp2(size[:, None, :] * rate[None, :, :])
+                    a = decay(size, rate)
                     _, _, r = run_states(a, (size * v)[:, None, :] * B_tile, r, BT)
                     s += 1
                     tl.store(kept + s * dim * state + nd, r, mask=nd_ok)
@@ -509,7 +528,7 @@ def backward_kernel(
             B_tile = load_projection(B, t, tau, t_ok, n, n_ok, B_n, B_t)
         if C_t is not None:
             C_tile = load_projection(C, t, tau, t_ok, n, n_ok, C_n, C_t)
-        a = tl.exp2(size[:, None, :] * rate[None, :, :])
+        a = decay(size, rate)
         b = (size * v)[:, None, :] * B_tile
         hs, decayed, _ = run_states(a, b, h, BT)
 
@@ -519,7 +538,7 @@ def backward_kernel(
             if D is not None:
                 y += skip[None, :] * v
             slope = dy * y * open_ * (1.0 + gate * (1.0 - open_))
-            tl.store(lines(dz, t, tau, d, dz_line, TIME_CONTIGUOUS), slope.to(dz.dtype.element_ty), mask=td_ok)
+            tl.store(lines(dz, t, tau, d, dz_line, TIME_CONTIGUOUS), rounded(slope, dz.dtype.element_ty), mask=td_ok)
             dy *= gate * open_
         tn = tau[:, None] + n.to(tl.int64)[None, :] * length
         tn_ok = t_ok[:, None] & n_ok[None, :]
@@ -537,11 +556,13 @@ def backward_kernel(
         if D is not None:
             dx += skip[None, :] * dy
             dD_sum += tl.sum(dy * v, axis=0)
-        tl.store(lines(du, t, tau, d, du_line, TIME_CONTIGUOUS), dx.to(du.dtype.element_ty), mask=td_ok)
+        tl.store(lines(du, t, tau, d, du_line, TIME_CONTIGUOUS), rounded(dx, du.dtype.element_ty), mask=td_ok)
         dsize = v * GB + tl.sum(through * A_tile[None, :, :], axis=1)
         if SOFTPLUS:
             dsize *= sigmoid(raw)
-        tl.store(lines(ddelta, t, tau, d, ddelta_line, TIME_CONTIGUOUS), dsize.to(ddelta.dtype.element_ty), mask=td_ok)
+        tl.store(
+            lines(ddelta, t, tau, d, ddelta_line, TIME_CONTIGUOUS), rounded(dsize, ddelta.dtype.element_ty), mask=td_ok
+        )
         dbias_sum += tl.sum(tl.where(td_ok, dsize, 0.0), axis=0)
         dA_sum += tl.sum(through * size[:, None, :], axis=0)
         dB_tile = (size * v)[:, None, :] * G
