@@ -14,7 +14,8 @@ import operator
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 
@@ -25,6 +26,10 @@ INLINE = {"error_model": "numpy", "forceinline": True}
 
 F32, I32, I16, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.HalfType()
 V_F32, V_I32, V_I16, V_HALF = (ir.VectorType(t, LANES) for t in (F32, I32, I16, HALF))
+
+
+FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+AVX512 = "+avx512dq" in FEATURES.split(",")
 
 
 class Vector(types.Type):
@@ -41,7 +46,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _operation(function, *arguments, returns=vector):
-    """Let Numba code call ``function``, or else the decorated ``emit(builder, *values)`` itself, which writes the IR."""
+    """Let Numba code call ``function``, or else the decorated emitter itself: ``emit(builder, *values)`` writes IR."""
 
     def register(emit):
         callee = function or emit
@@ -104,6 +109,11 @@ def store(b, address, x):
     b.store(x, b.inttoptr(address, V_F32.as_pointer()), align=ROW)
 
 
+def _intrinsic(b, name, returns, values):
+    function_type = ir.FunctionType(returns, [v.type for v in values])
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, name), values)
+
+
 @_operation(None, vector, vector, vector)
 def fma(b, x, y, z):
     """x*y + z, rounded once."""
@@ -111,8 +121,7 @@ def fma(b, x, y, z):
 
 
 def _fma(b, x, y, z):
-    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(V_F32, [V_F32] * 3), "llvm.fma.v16f32")
-    return b.call(function, [x, y, z])
+    return _intrinsic(b, "llvm.fma.v16f32", V_F32, [x, y, z])
 
 
 @_operation(None, vector)
@@ -133,13 +142,6 @@ def _polynomial(b, x, coefficients):
     return p
 
 
-def _split(b, x):
-    """x as integer + fraction in [-1/2, 1/2]: (2^fraction, integer as float, integer as the low bits of an int32)."""
-    rounded = b.fadd(x, _constant(ROUND))
-    n = b.fsub(rounded, _constant(ROUND))
-    return _polynomial(b, b.fsub(x, n), EXP2), n, b.bitcast(rounded, V_I32)
-
-
 def _at_least(b, x, low):  # keeps NaN
     return b.select(b.fcmp_ordered("<", x, _constant(low)), _constant(low), x)
 
@@ -148,11 +150,28 @@ def _at_most(b, x, high):  # keeps NaN
     return b.select(b.fcmp_ordered(">", x, _constant(high)), _constant(high), x)
 
 
+def _avx512(b, name, *values):
+    """An instruction that LLVM has no portable name for, on all lanes, in the current rounding mode."""
+    tail = [values[0], ir.Constant(I16, -1), ir.Constant(I32, 4)]
+    return _intrinsic(b, f"llvm.x86.avx512.mask.{name}.ps.512", V_F32, [*values, *tail])
+
+
+def _power(b, n):
+    """2^n for integers -127 .. 128 (as 0 and Inf there)."""
+    return b.bitcast(b.shl(b.add(n, _constant(127, V_I32)), _constant(23, V_I32)), V_F32)
+
+
 @_operation(None, vector)
 def exp2(b, x):
-    """2^x to 2e-7 relative; 0 below -127, Inf from 128 on, NaN (made by ``quiet``) for NaN."""
-    p, _, n = _split(b, _at_most(b, _at_least(b, x, -127.0), 128.0))
-    bits = b.add(b.bitcast(p, V_I32), b.shl(n, _constant(23, V_I32)))
+    """2^x to 2e-7 relative; 0 below -127 at the latest, Inf from 128 on, NaN (made by ``quiet``) for NaN."""
+    if AVX512:
+        nearest = ir.Constant(I32, 8)
+        n, fraction = _avx512(b, "rndscale", x, nearest), _avx512(b, "reduce", x, nearest)
+        return _avx512(b, "scalef", _polynomial(b, fraction, EXP2), n)
+    x = _at_most(b, _at_least(b, x, -127.0), 128.0)
+    rounded = b.fadd(x, _constant(ROUND))
+    p = _polynomial(b, b.fsub(x, b.fsub(rounded, _constant(ROUND))), EXP2)
+    bits = b.add(b.bitcast(p, V_I32), b.shl(b.bitcast(rounded, V_I32), _constant(23, V_I32)))
     return b.bitcast(bits, V_F32)
 
 
@@ -161,17 +180,16 @@ def exp(b, x):
     """e^x to 2e-7 relative over the whole range, subnormal results and overflow to Inf included."""
     x = _at_most(b, _at_least(b, x, -104.0), 89.0)
     log2e = _constant(1.4426950408889634)
-    rounded = b.fadd(b.fmul(x, log2e), _constant(ROUND))
+    rounded = _fma(b, x, log2e, _constant(ROUND))
     n = b.fsub(rounded, _constant(ROUND))
     r = _fma(b, n, _constant(-0.693145751953125), x)  # ln 2 in two parts: the first product is exact
     r = _fma(b, n, _constant(-1.42860677e-06), r)
     p = _polynomial(b, b.fmul(r, log2e), EXP2)
-    whole = b.fptosi(b.select(b.fcmp_ordered("ord", n, n), n, _constant(0.0)), V_I32)
-    half = b.ashr(whole, _constant(1, V_I32))
-    for part in (half, b.sub(whole, half)):  # in two steps, since 2^n itself may not be a normal number
-        scale = b.shl(b.add(part, _constant(127, V_I32)), _constant(23, V_I32))
-        p = b.fmul(p, b.bitcast(scale, V_F32))
-    return p
+    if AVX512:
+        return _avx512(b, "scalef", p, n)
+    whole = b.sub(b.bitcast(rounded, V_I32), b.bitcast(_constant(ROUND), V_I32))
+    half = b.ashr(whole, _constant(1, V_I32))  # in two steps, since 2^n itself may not be a normal number
+    return b.fmul(b.fmul(p, _power(b, half)), _power(b, b.sub(whole, half)))
 
 
 # 2 atanh(s) / s - 2 by powers of s^2, for s up to 1/3; relative error 5e-9
