@@ -394,3 +394,62 @@ def test_bad_arguments_give_one_line_and_exit_code_2(arguments, named, capsys):
     words = capsys.readouterr().err
     assert words.count("\n") == 1
     assert named in words
+
+
+@pytest.fixture
+def small_world(monkeypatch, tmp_path):
+    """The verb report on two tiny cases, with a gate that passes chunked and fails cpu; returns its arguments."""
+    from scan_kernels import check, peers
+    from scan_kernels.selective_scan import cases
+
+    tiny = [Case(name, batch=1, dim=4, length=12) for name in ("first", "second")]
+    rows = [
+        check.Row("selective_scan", name, "c", "out", 0.0, 1.0, 0.0, ok)
+        for name, ok in (("chunked", True), ("cpu", False))
+    ]
+    monkeypatch.setattr(cases, "tagged", lambda tag: tiny)
+    monkeypatch.setattr(check, "run", lambda *a: (rows, {"selective_scan": {"cuda": "no GPU"}}))
+    monkeypatch.setattr(peers, "PEERS", tuple(p for p in PEERS if p.name in ("plain torch", "mamba_ssm")))
+    path = tmp_path / "words"
+    path.write_text("to be or not to be")
+    out = tmp_path / "out"
+    return ["report", "--device", "cpu", "--text", str(path), "--seconds", "0.01", "--out", str(out)], out / CPU.slug
+
+
+def test_report_times_what_passed_its_gate_and_nothing_else(small_world, capsys):
+    from scan_kernels.__main__ import main
+
+    arguments, folder = small_world
+    assert main(arguments) == 1  # a red gate is a failure, after everything else was done
+    made = json.loads((folder / "report.json").read_text())
+    assert made["complete"]
+    assert [c["name"] for c in made["cases"]] == ["first", "second", "text"]
+    assert {r["runner"] for c in made["cases"] for r in c["results"]} == {"chunked", "plain torch"}
+    assert all("median_s" in r for c in made["cases"] for r in c["results"])
+    assert made["cases"][2]["check"]["chunked"]["ok"]
+    assert made["cases"][2]["uses"]["inference"]["elements"] == 512 * len("to be or not to be")
+    assert made["peers"][0]["name"] == "mamba_ssm"
+    assert made["peers"][0]["missing"]
+    assert (folder / "report.html").is_file()
+    assert (folder / "check.json").is_file()
+    assert (folder.parent / "README.md").is_file()
+    assert "cpu: no speed is reported" in capsys.readouterr().out
+
+
+def test_an_interrupted_report_keeps_what_is_done(small_world, monkeypatch):
+    from scan_kernels.__main__ import main
+
+    arguments, folder = small_world
+    whole = measure.results
+
+    def interrupted(op, case, *rest, **options):
+        if case.name == "second":
+            raise KeyboardInterrupt
+        return whole(op, case, *rest, **options)
+
+    monkeypatch.setattr(measure, "results", interrupted)
+    assert main(arguments) == 130
+    made = json.loads((folder / "report.json").read_text())
+    assert [c["name"] for c in made["cases"]] == ["first"]
+    assert not made["complete"]
+    assert "Interrupted" in (folder / "report.html").read_text()

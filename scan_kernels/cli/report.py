@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     index = pages.index(root)
     out.print(_shown(record))
     out.print(f"written: {page}, {index}", markup=False)
-    return 1 if red else 0 if record["complete"] else 130
+    return int(bool(red)) if record["complete"] else 130
 
 
 def _tune(device: Device) -> int:
