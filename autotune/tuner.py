@@ -17,7 +17,7 @@ from ..profiling import timer
 from ..profiling.device import Device
 from .search import HOPELESS_GROUP, Name, Round, Strategy
 
-SLOW_S = 0.02  # a call quicker than this is timed, however slow it seems beside the best: launching takes time too
+SLOW_S = 0.1  # a quicker call is timed however slow it seems: launching, or a busy neighbour, may have been the cost
 
 
 @dataclasses.dataclass(frozen=True)
