@@ -90,7 +90,7 @@ def _launch(kernel, *arguments) -> None:
     import numba
 
     before = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     try:
         kernel(*arguments)
     finally:
@@ -114,7 +114,8 @@ def backward(
     """Sums over channels or rows that several tasks share go through one partial sum for each task, added in order."""
     from . import cpu_kernels
 
-    p, call, offsets = problem, *_call(problem, inputs, config)
+    p = problem
+    call, offsets = _call(problem, inputs, config)
     c = call[0]
     parts, chunks = int(c["parts"]), int(c["chunks"])
     _fill(c, "states", states)

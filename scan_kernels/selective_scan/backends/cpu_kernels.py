@@ -20,13 +20,13 @@ from numba import njit, prange
 from . import cpu_simd
 from .cpu_simd import (
     FLOAT32,
-    INLINE,
     LANES,
     ROW,
     broadcast,
     exp2,
     fma,
     gather,
+    inlined,
     load,
     quiet,
     read_float,
@@ -77,7 +77,7 @@ WORK = np.dtype(
 _njit = njit(error_model="numpy")
 
 
-@njit(**INLINE)
+@inlined
 def _ceil(a, b):
     return (a + b - 1) // b
 
@@ -131,13 +131,17 @@ def _pack(c, address, stride_n, stride_t, steps, scratch, zeros):
 
 
 @_njit
-def _step_sizes(c, steps, bias, delta):
-    """delta -> Δ, in place."""
-    for t in range(steps):
-        x = load(delta + t * ROW) + bias
+def _step_sizes(c, steps, bias, delta, u, du):
+    """delta -> Δ log2(e), in place, and Δ u. The decay is then 2^(delta A).
+
+    Here the change of base rounds anew at every step; in A it would round once and for all, and slow decays add it up.
+    """
+    for i in range(0, steps * ROW, ROW):
+        x = load(delta + i) + bias
         if c.softplus:
             x = softplus(x)
-        store(delta + t * ROW, quiet(x))
+        store(du + i, load(u + i) * x)
+        store(delta + i, quiet(x * splat(LOG2E)))
 
 
 def _sweep(constant_B, constant_C):
@@ -246,7 +250,7 @@ def _prepare(c, w, part):
         _by_channel(c.A, c.state, first, lanes, w.A + k * w.padded, w.zeros)
         for n in range(0, c.state * ROW, ROW):
             at = w.A + k * w.padded + n
-            store(at, quiet(load(at) * splat(LOG2E)))  # in units of log2, so that the decay is 2^(Δ A)
+            store(at, quiet(load(at)))
         if c.constant_B:
             _by_channel(c.B, c.state, first, lanes, w.fixed_B + k * w.padded, w.zeros)
         if c.constant_C:
@@ -299,12 +303,10 @@ def _forward_tile(c, w, k, batch, t, steps, done, slot):
     gather(c.kind, du, at, c.u_d, c.u_t, lanes, steps, w.zeros)
     at = c.delta + batch * c.delta_b + first * c.delta_d + t * c.delta_t
     gather(c.kind, delta, at, c.delta_d, c.delta_t, lanes, steps, w.zeros)
-    _step_sizes(c, steps, load(w.bias + k * ROW), delta)
     skip = load(w.D + k * ROW)
     for i in range(0, steps * ROW, ROW):
-        u = load(du + i)
-        store(y + i, u * skip if c.D else splat(0.0))
-        store(du + i, u * load(delta + i))
+        store(y + i, load(du + i) * skip if c.D else splat(0.0))
+    _step_sizes(c, steps, load(w.bias + k * ROW), delta, du, du)
 
     A, h = w.A + k * w.padded, w.h + k * w.padded
     B, C = _projections(c, w, k)
@@ -353,7 +355,7 @@ def _sweep_back(constant_B, constant_C):
     """Four states of one channel block through a tile, forwards to get decays and states, then backwards.
 
     h: the state that enters the tile. g: exp(Δ A) G of the step after the tile on entry, of its first step on return.
-    y gets C·h, GB gets G·B, AG gets Σ A exp(Δ A) h G (A in units of log2). dA, dB, dC are added to: dA per channel, dB
+    y gets C·h, GB gets G·B, AG gets Σ A exp(Δ A) h G. dA (in units of 1/ln 2), dB, dC are added to: dA per channel, dB
     and dC per channel if constant, else 4 rows for every step, whose lanes are summed later.
     """
 
@@ -482,9 +484,7 @@ def _inputs_in(c, w, k, batch, t, steps):
     if c.softplus:
         for i in range(0, steps * ROW, ROW):
             store(slope + i, sigmoid(load(delta + i) + bias))
-    _step_sizes(c, steps, bias, delta)
-    for i in range(0, steps * ROW, ROW):
-        store(du + i, load(u + i) * load(delta + i))
+    _step_sizes(c, steps, bias, delta, u, du)
 
 
 @_njit
@@ -553,13 +553,14 @@ def _gradients_out(c, w, k, batch, t, steps):
     dD, dbias = load(w.dD + k * ROW), load(w.dbias + k * ROW)
     for i in range(0, steps * ROW, ROW):
         x, v, s = load(u + i), load(dy + i), load(GB + i)
-        ddelta = fma(load(AG + i), splat(LN2), x * s)
+        ddelta = fma(x, s, load(AG + i))
         if c.softplus:
             ddelta = ddelta * load(slope + i)
         dbias = dbias + ddelta
         dD = fma(v, x, dD)
         store(AG + i, ddelta)
-        store(GB + i, fma(skip, v, load(delta + i) * s) if c.D else load(delta + i) * s)
+        through_h = load(delta + i) * splat(LN2) * s
+        store(GB + i, fma(skip, v, through_h) if c.D else through_h)
         if c.z:
             store(gate + i, load(gate + i) * load(y + i))
     store(w.dD + k * ROW, dD)
@@ -635,6 +636,8 @@ def _backward_task(call, offsets, task):
         if c.dinitial_state:
             _states_out(c, w, c.dinitial_state + row * row_bytes, w.h)
 
+    for i in range(0, w.blocks * w.padded, ROW):
+        store(w.dA + i, load(w.dA + i) * splat(LN2))
     _states_out(c, w, c.dA + chunk * row_bytes, w.dA)
     if c.constant_B:
         _states_out(c, w, c.dB + chunk * row_bytes, w.fixed_dB)

@@ -22,13 +22,13 @@ from numba.extending import lower_builtin, models, register_model
 LANES = 16
 ROW = 4 * LANES  # bytes of one scratch row
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of elements in tensors
-INLINE = {"error_model": "numpy", "forceinline": True}
+inlined = njit(error_model="numpy", forceinline=True)
 
 F32, I32, I16, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.HalfType()
 V_F32, V_I32, V_I16, V_HALF = (ir.VectorType(t, LANES) for t in (F32, I32, I16, HALF))
 
 
-FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
 AVX512 = "+avx512dq" in FEATURES.split(",")
 
 
@@ -216,13 +216,13 @@ def minus_abs(b, x):
     return b.bitcast(b.or_(b.bitcast(x, V_I32), _constant(-(2**31), V_I32)), V_F32)
 
 
-@njit(**INLINE)
+@inlined
 def softplus(x):
     """log(1 + e^x), relatively exact on both sides."""
     return positive(x) + log1p_unit(exp(minus_abs(x)))
 
 
-@njit(**INLINE)
+@inlined
 def sigmoid(x):
     one = splat(1.0)
     return one / (one + exp(splat(0.0) - x))
