@@ -2,9 +2,10 @@
 
 A result is accepted if its error is at most twice that of the plain PyTorch implementation in the same dtype, both
 measured against float64, for the tensor as a whole and for each of its rows (all axes but the last: a (batch,
-channel) row of out, a channel's row of dA). A floor of 1e-6 of the norm stands in where plain is right to the last
-bit by luck. Outputs and scratch memory start as NaN. Where the reference is not finite, nothing is asked; where it
-is, the result must be.
+channel) row of out, a channel's row of dA). A row where plain is right to the last bit by luck is granted plain's
+typical relative error, and a floor stands below everything: 1e-6 of the norm for float32 data; 5e-6 for 16-bit data,
+whose float32 by-products (last_state, dA, ...) come from inputs that are themselves rounded to 4e-3 or 5e-4. Outputs
+and scratch memory start as NaN. Where the reference is not finite, nothing is asked; where it is, the result must be.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .op import BackendUnavailable, Op
 from .profiling.device import describe
 
 FACTOR = 2.0
-FLOOR = 1e-6
+FLOORS = {"float32": 1e-6, "bfloat16": 5e-6, "float16": 5e-6}
 OPS = ("selective_scan",)
 
 
@@ -75,12 +76,14 @@ def _norms(x: np.ndarray, finite: np.ndarray) -> tuple[float, np.ndarray]:
     return float(np.sqrt((rows**2).sum())), rows
 
 
-def compare(exact: np.ndarray, plain: np.ndarray, got: np.ndarray) -> tuple[float, float, float, bool]:
+def compare(
+    exact: np.ndarray, plain: np.ndarray, got: np.ndarray, floor: float = FLOORS["float32"]
+) -> tuple[float, float, float, bool]:
     """(error, allowance, worst row's share of its allowance, accepted) of ``got`` against ``exact``."""
     if exact.size == 0:
-        return 0.0, FLOOR, 0.0, got.shape == exact.shape
+        return 0.0, floor, 0.0, got.shape == exact.shape
     if exact.ndim == 0 or got.shape != exact.shape:
-        return np.inf, FLOOR, np.inf, False
+        return np.inf, floor, np.inf, False
     finite = np.isfinite(exact)
     with np.errstate(all="ignore"):
         # where plain PyTorch overflows its dtype, the candidate may too
@@ -90,8 +93,9 @@ def compare(exact: np.ndarray, plain: np.ndarray, got: np.ndarray) -> tuple[floa
         yardstick, yardstick_rows = _norms(plain - exact, finite)
         norm, norm_rows = _norms(exact, finite)
         typical = norm / np.sqrt(len(norm_rows))
-        allowed = FACTOR * yardstick + FLOOR * norm
-        allowed_rows = FACTOR * yardstick_rows + FLOOR * np.maximum(norm_rows, typical)
+        luckless = norm_rows * (yardstick / norm if norm else 0.0)
+        allowed = FACTOR * yardstick + floor * norm
+        allowed_rows = FACTOR * np.maximum(yardstick_rows, luckless) + floor * np.maximum(norm_rows, typical)
         share = np.max(error_rows / np.maximum(allowed_rows, np.finfo(np.float64).tiny))
     scale = norm or 1.0
     ok = not lost and error <= allowed and share <= 1.0
@@ -127,7 +131,8 @@ def judged(op: Op, tensors: Any) -> tuple[dict[str, np.ndarray], dict[str, np.nd
 
 
 def _row(op, backend, case, name, exact, plain, got) -> Row:
-    error, allowance, share, ok = compare(exact[name], plain[name], got[name].double().cpu().numpy())
+    result = got[name].double().cpu().numpy()
+    error, allowance, share, ok = compare(exact[name], plain[name], result, FLOORS[case.dtype])
     return Row(op.name, backend, case.name, name, error, allowance, share, ok)
 
 

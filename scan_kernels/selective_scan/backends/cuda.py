@@ -153,7 +153,7 @@ def configs(problem: Problem, device: Any) -> list[Config]:
 def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, splits: int = 1) -> Config:
     """A forward configuration with as many blocks a multiprocessor as its registers allow without spilling."""
     per = _ceil(problem.state, lanes)
-    if per > 8 or (lanes == 1 and tile > 16):
+    if per > 8 or lanes == 1:
         blocks = 2
     elif per > 4 or problem.state & (problem.state - 1):
         blocks = 3 if problem.dtype != "float32" else 2
@@ -217,9 +217,10 @@ def _backward_splits(problem: Problem, blocks: int, resident: int) -> list[tuple
     per_row = problem.length / problem.rows if problem.sequences else problem.length
     longest = max(1, int(per_row // max(64, problem.checkpoint)))
     single = (1, 0)
-    if work >= resident and not problem.sequences:
+    if work >= resident and not problem.sequences and longest > 1:
         chained = (min(longest, 8), 1)
-        return [chained, single] if longest > 1 and work % resident else [single, chained]
+        last_wave_idle = 1 - work / (_ceil(work, resident) * resident)
+        return [chained, single] if last_wave_idle > 0.15 else [single, chained]
     if work >= resident or longest == 1:
         return [single]
     fill = min(longest, max(1, int(2 * resident / work)))

@@ -23,7 +23,7 @@
 // Costs per (state, step) of a lane: 11 FMUL/FFMA, 2 FADD-free products, 1 MUFU; 1.5 shared loads of 16 bytes;
 // 3 (LANES-1)/(PER LANES) * (1 SHFL, 1 FADD, 2 SEL) for the three sums. Registers: 4 PER TILE plus about 90.
 
-constexpr int G = LANES < 4 ? 4 : LANES > TILE ? TILE : LANES > 16 ? 16 : LANES;  // steps reduced together
+constexpr int G = TILE < 8 ? TILE : LANES < 8 ? 4 : 8;  // steps whose sums over the states are reduced together
 static_assert(TILE % G == 0, "invalid configuration");
 constexpr int TILE_FLOATS = CHANNELS * TILE, BC_FLOATS = STATES * PITCH, STATE_FLOATS = CHANNELS * STATES;
 constexpr int ENTER_TILES = SUBTILES == 1 ? 2 : SUBTILES;
@@ -364,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
               float b[4];
               four(b, bc_tile + buffer * 2 * BC_FLOATS, b_const[k], CONST_B, k, t4);
 #pragma unroll
-              for (int t = 0; t < 4; t++) h[k] = fmaf(ex2(dt[t] * A2s[at + k]), h[k], x[t] * b[t]);
+              for (int t = 0; t < 4; t++) h[k] = fmaf(decay_of(dt[t], A2s[at + k]), h[k], x[t] * b[t]);
             }
           }
 #pragma unroll
@@ -427,7 +427,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
             for (int t = 0; t < 4; t++) {
               before[k][t4 + t] = h[k];
-              decay[k][t4 + t] = ex2(dt[t] * A2[k]);
+              decay[k][t4 + t] = decay_of(dt[t], A2[k]);
               h[k] = fmaf(decay[k][t4 + t], h[k], x[t] * b[t]);
             }
           }

@@ -175,11 +175,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
           }
           if constexpr (MODE == 2) {
 #pragma unroll
-            for (int t = 3; t >= 0; t--) h[k] = ex2(dt[t] * A2[k]) * fmaf(x[t], c[t], h[k]);
+            for (int t = 3; t >= 0; t--) h[k] = decay_of(dt[t], A2[k]) * fmaf(x[t], c[t], h[k]);
           } else {
 #pragma unroll
             for (int t = 0; t < 4; t++) {
-              h[k] = fmaf(ex2(dt[t] * A2[k]), h[k], x[t] * b[t]);
+              h[k] = fmaf(decay_of(dt[t], A2[k]), h[k], x[t] * b[t]);
               if (MODE == 0) sum[t] = fmaf(c[t], h[k], sum[t]);
             }
           }
@@ -198,7 +198,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       }
     }
 
-    if (DIM_LAYOUT) __syncthreads(); else __syncwarp();
+    // a thread's own channel is its warp's, except in the dim layout and in tiles too small for all threads
+    if (DIM_LAYOUT || !ALL_OWN) __syncthreads(); else __syncwarp();
     if (MODE == 0 && o.any) {
       float v[OWN_C][OWN_T];
 #pragma unroll
@@ -250,6 +251,6 @@ extern "C" __global__ void __launch_bounds__(256) combine(const Params p) {
     i64 slot = first + (MODE == 2 ? count - 1 - k : k);
     float leave = p.span_end[slot * per_row + at];
     p.span_end[slot * per_row + at] = h;
-    h = h == 0.f ? leave : fmaf(ex2(A2 * p.span_time[slot * p.dim + d]), h, leave);  // 0 stays 0 where A > 0 overflows
+    h = h == 0.f ? leave : fmaf(decay_of(p.span_time[slot * p.dim + d], A2), h, leave);  // 0 stays 0 where A > 0 overflows
   }
 }
