@@ -5,7 +5,7 @@ that is missing there failed. It knows nothing of what the names stand for.
 
 >>> strategy = halving(["a", "b"], seconds=1.0)
 >>> next(strategy)
-Round(names=['a', 'b'], seconds=0.5, together=True)
+Round(names=['a', 'b'], seconds=0.25, together=True)
 """
 
 from __future__ import annotations
