@@ -8,8 +8,9 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -115,7 +116,6 @@ def ceilings(device: Device) -> Ceilings:
 
 
 def _ceilings_cuda(device: Device) -> Ceilings:
-    found = []
     table = MEASURED.get(device.name, {})
     rates = dict(table)
     sources = dict.fromkeys(table, "measured on this model by hand-written loops")
@@ -127,8 +127,7 @@ def _ceilings_cuda(device: Device) -> Ceilings:
     if copied := _copy_rate(device):
         rates["bytes"], sources["bytes"] = copied, "measured: torch copy, bytes read and written"
     units = {"bytes": "memory", "exps": "special-function units", "flops": "fp32 units"}
-    found = [Ceiling(name, rates[name], unit, sources[name]) for name, unit in units.items() if name in rates]
-    return tuple(found)
+    return tuple(Ceiling(name, rates[name], unit, sources[name]) for name, unit in units.items() if name in rates)
 
 
 def _clock(index: int) -> float:
@@ -148,43 +147,60 @@ def _clock(index: int) -> float:
 
 
 def _copy_rate(device: Device) -> float:
-    """Bytes per second that a copy reads and writes, between buffers far larger than the last cache."""
+    """Bytes per second that a copy reads and writes in a GPU's memory; 0 where there is no room for it."""
     from .timer import measure
 
-    size = min(1 << 30, device.memory_bytes // 16) if device.kind == "cuda" else 1 << 28
+    size = min(1 << 30, device.memory_bytes // 16)
     try:
         source = torch.ones(size // 4, device=device.torch)
         target = torch.empty_like(source)
-    except RuntimeError:
-        return 0.0  # out of memory
+    except torch.OutOfMemoryError:
+        return 0.0
     return 2 * size / measure(lambda: target.copy_(source), device, seconds=0.15).low_s
 
 
+FMA_CHAIN = 16
+COPIED = 1 << 28  # bytes, by all cores together: several times the last cache
+
+
 def _ceilings_cpu(device: Device) -> Ceilings:
+    import numpy as np
+
     exp2, fma = _cpu_loops()
+    cores, size, times = device.units, 2048, 4000
+    buffers = [np.full(size, 0.5, np.float32) for _ in range(cores)]
+    sources = [np.ones(COPIED // cores // 4, np.float32) for _ in range(cores)]
+    targets = [np.ones_like(source) for source in sources]
+    copies = [partial(np.copyto, *pair) for pair in zip(targets, sources, strict=True)]
+    copied = _rate(copies, 2 * sources[0].nbytes, shared=True)
+    exps = _rate([partial(exp2, buffer, times) for buffer in buffers], size * times)
+    flops = _rate([partial(fma, buffer, times) for buffer in buffers], size * times * 2 * FMA_CHAIN)
     unit = "vector units"  # a CPU has no unit for exponentials: they are a polynomial of 5 FMAs and 6 operations more
     return (
-        Ceiling("bytes", _copy_rate(device), "memory", "measured: torch copy, bytes read and written"),
-        Ceiling("exps", _rate(exp2, device.units, 1), unit, "measured: exp2 by a degree-5 polynomial, in cache"),
-        Ceiling("flops", _rate(fma, device.units, 2 * FMA_CHAIN), unit, "measured: chains of fp32 FMAs, in cache"),
+        Ceiling("bytes", copied, "memory", "measured: a copy on every core, bytes read and written"),
+        Ceiling("exps", exps, unit, "measured: exp2 by a degree-5 polynomial, in cache"),
+        Ceiling("flops", flops, unit, "measured: chains of fp32 FMAs, in cache"),
     )
 
 
-FMA_CHAIN = 16
+def _rate(jobs: Sequence[Callable[[], object]], count: int, shared: bool = False) -> float:
+    """What the jobs, one on each core, do per second, each of them ``count``: the best of many short rounds.
 
+    Each thread's own clock stands still while other processes hold its core; shared: the jobs compete for one thing,
+    so only the time from first to last counts.
+    """
 
-def _rate(loop: Callable, threads: int, operations: int) -> float:
-    """Operations per second of ``loop`` running on every core at once: the best of a few rounds."""
-    import numpy as np
+    def timed(job: Callable[[], object]) -> float:
+        begin = time.thread_time()
+        job()
+        return count / (time.thread_time() - begin)
 
-    size, times = 2048, 4000
-    buffers = [np.full(size, 0.5, np.float32) for _ in range(threads)]
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(10):
-            begin = time.perf_counter()
-            list(pool.map(loop, buffers, [times] * threads))
-            best = max(best, threads * size * times * operations / (time.perf_counter() - begin))
+    best, stop = 0.0, time.perf_counter() + 0.25
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        while (begin := time.perf_counter()) < stop:
+            rates = list(pool.map(timed, jobs))
+            round_s = time.perf_counter() - begin
+            best = max(best, len(jobs) * count / round_s if shared else sum(rates))
     return best
 
 

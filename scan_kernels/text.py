@@ -15,10 +15,11 @@ LONGEST = 4096  # bytes that are read of the file: one time step each
 D_MODEL = {"cpu": 256, "cuda": 768}  # width of the layer: small enough for a CPU; that of mamba-130m
 
 
-def default_path() -> Path | None:
-    """The README of the checkout this package lies in, or of the current folder."""
-    folders = (Path(__file__).resolve().parent.parent, Path.cwd())
-    return next((f / "README.md" for f in folders if (f / "README.md").is_file()), None)
+def default_path() -> Path:
+    """The README of the checkout this package lies in, or of the current folder, or else this file."""
+    here = Path(__file__).resolve()
+    readmes = (folder / "README.md" for folder in (here.parent.parent, Path.cwd()))
+    return next((path for path in readmes if path.is_file()), here)
 
 
 class _Recorder(TorchDispatchMode):
