@@ -230,6 +230,13 @@ def _lay_out(c, w, at):
 
 
 @_njit
+def _keep(buffer, work):
+    """Called last: Numba frees an array after its last use by name, and knows nothing of addresses and records."""
+    buffer[0] = 0.0
+    work[0].zeros = 0
+
+
+@_njit
 def _block(w, k):
     """(first channel, number of channels) of a part's k-th block."""
     first = w.begin + k * LANES
@@ -334,7 +341,8 @@ def _forward_tile(c, w, k, batch, t, steps, done, slot):
 
 @_njit
 def _forward_task(call, offsets, task):
-    c, w = call[0], np.empty(1, WORK)[0]
+    work = np.zeros(1, WORK)
+    c, w = call[0], work[0]
     buffer = _prepare(c, w, task // c.chunks)
     chunk = task % c.chunks
     row_bytes = 4 * c.dim * c.state
@@ -348,7 +356,7 @@ def _forward_task(call, offsets, task):
                 _forward_tile(c, w, k, batch, t, steps, t - start, slot)
         if c.last_state:
             _states_out(c, w, c.last_state + row * row_bytes, w.h)
-    buffer[0] = 0.0  # the addresses above do not keep the buffer: this does
+    _keep(buffer, work)
 
 
 def _sweep_back(constant_B, constant_C):
@@ -618,7 +626,8 @@ def _backward_span(c, w, batch, t, stop, slot, sums_at):
 
 @_njit
 def _backward_task(call, offsets, task):
-    c, w = call[0], np.empty(1, WORK)[0]
+    work = np.zeros(1, WORK)
+    c, w = call[0], work[0]
     part, chunk = task // c.chunks, task % c.chunks
     buffer = _prepare(c, w, part)
     row_bytes = 4 * c.dim * c.state
@@ -649,7 +658,7 @@ def _backward_task(call, offsets, task):
             _to_channel(c.dD + chunk * 4 * c.dim, 1, first, lanes, w.dD + k * ROW, w.spare)
         if c.ddelta_bias:
             _to_channel(c.ddelta_bias + chunk * 4 * c.dim, 1, first, lanes, w.dbias + k * ROW, w.spare)
-    buffer[0] = 0.0  # the addresses above do not keep the buffer: this does
+    _keep(buffer, work)
 
 
 def _entries(source):
