@@ -123,7 +123,7 @@ def _record(args: argparse.Namespace, device: Device) -> dict[str, Any]:
         "device": dataclasses.asdict(device) | {"slug": device.slug},
         "ceilings": [dataclasses.asdict(c) for c in ceilings(device)],
         "versions": check.versions() | {p.package: p.version for p in PEERS if p.version},
-        "sources": {name: check.source_hash(check.find_op(name)) for name in check.OPS},
+        "sources": {name: check.find_op(name).sources for name in check.OPS},
         "gate": {},
         "peers": [],
         "cases": [],

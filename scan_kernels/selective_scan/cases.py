@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -235,25 +236,24 @@ def plain(
         dt = dt + delta_bias[:, None]
     if delta_softplus:
         dt = F.softplus(dt)
-    B, C = (t if t.ndim == 2 else t.unsqueeze(1) if t.ndim == 3 else t for t in (B, C))
 
-    def at(M: Tensor, row: slice, t: int) -> Tensor:
+    def steps(M: Tensor) -> list[Tensor]:
+        """M at every step, broadcastable to (batch, dim, state). Unbound at once: slices would make autograd quadratic."""
         if M.ndim == 2:
-            return M
-        return M[row, :, :, t].float().repeat_interleave(dim // M.shape[1], dim=1)
+            return [M] * length
+        groups = M.unsqueeze(1) if M.ndim == 3 else M
+        return [m.float().repeat_interleave(dim // m.shape[1], dim=1) for m in groups.unbind(3)]
 
-    spans = [(slice(None), 0, length)]
-    if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
-        spans = [(slice(0, 1), start, stop) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    xs, dts, Bs, Cs = x.unbind(2), dt.unbind(2), steps(B), steps(C)
+    offsets = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     ys, lasts = [], []
-    for i, (row, start, stop) in enumerate(spans):
-        h = x.new_zeros(x[row].shape[0], dim, A.shape[1])
+    for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        h = x.new_zeros(x.shape[0], dim, A.shape[1])
         if initial_state is not None:
             h = initial_state if cu_seqlens is None else initial_state[i : i + 1]
         for t in range(start, stop):
-            h = torch.exp(dt[row, :, t, None] * A) * h + (dt[row, :, t] * x[row, :, t])[..., None] * at(B, row, t)
-            ys.append((h * at(C, row, t)).sum(-1))
+            h = torch.exp(dts[t][..., None] * A) * h + (dts[t] * xs[t])[..., None] * Bs[t]
+            ys.append((h * Cs[t]).sum(-1))
         lasts.append(h)
     y = torch.stack(ys, dim=2) if ys else torch.zeros_like(x)
     if D is not None:

@@ -2,7 +2,7 @@
 //
 // A block owns CHANNELS channels over one span of a row and walks it backwards in tiles of TILE steps. For each tile:
 //   elementwise   each thread, for its own elements: finishes the tile just swept (du, ddelta, dz from the sums that
-//                 the sweep left in the shared tiles) and stages the next one: Δ, Δu and dy = dout silu(z) into the
+//                 the sweep left in the shared tiles) and stages the next one: Δ log2(e), Δu and dy = dout silu(z) into the
 //                 shared tiles dt, x, dy. Inputs arrive through cp.async, two tiles deep, in slots private to a thread.
 //   sweep         each warp walks its GROUPS channel groups. A lane holds PER states of one channel: forward through
 //                 the tile from the state that enters it, keeping h and exp(ΔA) of all steps in registers; then backward:
@@ -98,15 +98,15 @@ DEVICE void reduce_channels(float (&v)[VALUES], int lane) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Params p) {
   extern __shared__ __align__(16) float shared[];
-  float* const dt_tile = shared;                           // dt, then Σ G B
+  float* const dt_tile = shared;                           // dt = Δ log2(e), then Σ G B
   float* const x_tile = dt_tile + TILE_FLOATS;             // Δu, then Σ A g h'
   float* const dy_tile = x_tile + TILE_FLOATS;             // dy, then Σ C h
   float* const bc_tile = dy_tile + TILE_FLOATS;            // [2][B, C]
   float* const enter = bc_tile + 4 * BC_FLOATS;            // [ENTER_TILES][channel][state]
   float* const carry = enter + ENTER_TILES * STATE_FLOATS; // g between tiles
   float* const sum_A = carry + STATE_FLOATS;
-  float* const A2s = sum_A + STATE_FLOATS;
-  float* const sum_B = A2s + STATE_FLOATS;                             // constant B only
+  float* const rate = sum_A + STATE_FLOATS;
+  float* const sum_B = rate + STATE_FLOATS;                             // constant B only
   float* const sum_C = sum_B + (CONST_B ? STATE_FLOATS : 0);           // constant C only
   float* const flush = sum_C + (CONST_C ? STATE_FLOATS : 0);           // [warp][B, C][state][step]
   u32* const raw = (u32*)(flush + WARPS * 2 * STATES * TILE);          // [2][tensor][word][thread]
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (p.splits > 1 && (!CHAIN || w.end < w.length)) g = __ldcg(p.span_end + slot * p.dim * STATE + at);
         else if (p.last_state) g = p.last_state[(i64)w.row * p.dim * STATE + at];
       }
-      A2s[i] = real ? p.A[at] * LOG2E : 0.f;
+      rate[i] = real ? p.A[at] : 0.f;
       carry[i] = g;
       sum_A[i] = 0.f;
       if (CONST_B) sum_B[i] = 0.f;
@@ -240,6 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             const float gate = rz.at(c, t);
             dy[t] *= gate * sigmoid(gate);
           }
+          step[t] = to_log2(step[t]);
         }
         tile_write(dt_tile, o.channel + c, o.step, step);
         tile_write(x_tile, o.channel + c, o.step, x);
@@ -273,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           }
           du[c][t] = step * gb[t];
           if (HAS_D) du[c][t] = fmaf(skip, dy, du[c][t]);
-          ddelta[c][t] = fmaf(uu, gb[t], LN2 * ga[t]) * slope;
+          ddelta[c][t] = fmaf(uu, gb[t], ga[t]) * slope;
           if (HAS_D) sum_D[c] = fmaf(dy, uu, sum_D[c]);
           if (HAS_BIAS) sum_bias[c] += t < n.t ? ddelta[c][t] : 0.f;
         }
@@ -338,6 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           for (int t = 0; t < OWN_T; t++) {
             step[t] = step_size(rd.at(c, t) + bias);
             x[t] = step[t] * ru.at(c, t);
+            step[t] = to_log2(step[t]);
           }
           tile_write(dt_tile, o.channel + c, o.step, step);
           tile_write(x_tile, o.channel + c, o.step, x);
@@ -364,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
               float b[4];
               four(b, bc_tile + buffer * 2 * BC_FLOATS, b_const[k], CONST_B, k, t4);
 #pragma unroll
-              for (int t = 0; t < 4; t++) h[k] = fmaf(decay_of(dt[t], A2s[at + k]), h[k], x[t] * b[t]);
+              for (int t = 0; t < 4; t++) h[k] = fmaf(decay_of(dt[t], rate[at + k]), h[k], x[t] * b[t]);
             }
           }
 #pragma unroll
@@ -408,9 +410,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       for (int c = 0; c < GROUPS; c++) {
         if ((c * WARPS + warp) * PER_WARP >= ch.count) break;
         const int channel = (c * WARPS + warp) * PER_WARP + lane / LANES, at = channel * STATES + s * PER;
-        float A2[PER], h[PER], g[PER], dA[PER], b_const[PER], c_const[PER], dB_const[PER], dC_const[PER];
+        float A[PER], h[PER], g[PER], dA[PER], b_const[PER], c_const[PER], dB_const[PER], dC_const[PER];
 #pragma unroll
-        for (int k = 0; k < PER; k++) A2[k] = A2s[at + k], h[k] = entering[at + k], g[k] = carry[at + k], dA[k] = sum_A[at + k];
+        for (int k = 0; k < PER; k++) A[k] = rate[at + k], h[k] = entering[at + k], g[k] = carry[at + k], dA[k] = sum_A[at + k];
         constant_of(p.B, CONST_B, channel, b_const);
         constant_of(p.C, CONST_C, channel, c_const);
 #pragma unroll
@@ -427,7 +429,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
             for (int t = 0; t < 4; t++) {
               before[k][t4 + t] = h[k];
-              decay[k][t4 + t] = decay_of(dt[t], A2[k]);
+              decay[k][t4 + t] = decay_of(dt[t], A[k]);
               h[k] = fmaf(decay[k][t4 + t], h[k], x[t] * b[t]);
             }
           }
@@ -461,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 else acc_B[i] = fmaf(adjoint, x[t], acc_B[i]);
                 g[k] = decay[k][t4 + t] * adjoint;
                 const float through = g[k] * h[k];
-                ga[q + t] = fmaf(A2[k], through, ga[q + t]);
+                ga[q + t] = fmaf(A[k], through, ga[q + t]);
                 dA[k] = fmaf(dt[t], through, dA[k]);
               }
             }
@@ -537,7 +539,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       int c = i / STATES, n = i - c * STATES;
       if (c >= ch.count || n >= STATE) continue;
       i64 at = (i64)(ch.first + c) * STATE + n;
-      deposit(p.dA + part * STATE + at, sum_A[i]);
+      deposit(p.dA + part * STATE + at, LN2 * sum_A[i]);  // dt in the sum was Δ log2(e)
       if (CONST_B) deposit(p.dB + part * STATE + at, sum_B[i]);
       if (CONST_C) deposit(p.dC + part * STATE + at, sum_C[i]);
       if (w.split == 0) {

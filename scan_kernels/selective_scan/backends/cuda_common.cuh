@@ -90,10 +90,13 @@ DEVICE int here() {
 }
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
 
-// exp(Δ A) for A2 = A log2(e). The special-function unit is off by up to 1.2e-7 of its result, which adds up over the
+// Δ log2(e), so that exp(Δ A) = 2^(Δ log2(e) A). In two parts: one float32 constant is off by 1.3e-8, the same way at
+// every step, which would add up over a long growing or slowly decaying row; so would a rounded A log2(e).
+DEVICE float to_log2(float dt) { return fmaf(dt, 1.4375f, dt * 0.0051950408889634f); }
+// exp(Δ A) of dt = Δ log2(e). The special-function unit is off by up to 1.2e-7 of its result, which adds up over the
 // many steps that a slow decay remembers; float32 data therefore take a polynomial where the exponent is small.
-DEVICE float decay_of(float dt, float A2) {
-  const float x = dt * A2, fast = ex2(x);
+DEVICE float decay_of(float dt, float A) {
+  const float x = dt * A, fast = ex2(x);
 #if DTYPE == 0
   float p = fmaf(x, 9.61812911e-3f, 5.55041087e-2f);
   p = fmaf(x, p, 2.40226507e-1f), p = fmaf(x, p, LN2), p = fmaf(x, p, 1.f);

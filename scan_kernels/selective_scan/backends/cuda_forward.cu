@@ -1,11 +1,11 @@
 // Selective scan, forward in time and, for the adjoint, backward in time, without ever storing the state.
 //
 // One kernel, three uses (MODE): 0 the scan itself; 1 only the state that leaves a span that is entered with zero
-// (span_end) and the span's sum of Δ (span_time), so that `combine` can find every span's entering state when a row's
+// (span_end) and the span's sum of Δ log2(e) (span_time), so that `combine` can find every span's entering state when a row's
 // time is split over blocks; 2 the same for the adjoint recurrence g <- exp(ΔA)(g + C dy), running backwards.
 //
 // A block owns CHANNELS channels over one span of a row and walks it in tiles of TILE steps:
-//   device memory --registers--> softplus, Δu --> shared tiles dt, x [channel][step]   (each thread its own elements)
+//   device memory --registers--> softplus, Δu --> shared tiles dt = Δ log2(e), x = Δu [channel][step]   (each thread its own elements)
 //   device memory --registers--> B, C --> shared tiles [state][step]                    (two buffers, shared by all)
 //   main loop: h <- exp(ΔA) h + x B and y = Σ C h, PER states a lane; y is summed over the LANES lanes of a channel by
 //   shuffles that leave each lane with its own steps, and takes the place of dt in the tile
@@ -39,13 +39,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   const int batch = PACKED ? 0 : w.row;
 
   // this lane's states
-  float A2[PER], h[PER], b_const[PER], c_const[PER], time = 0.f;
+  float A[PER], h[PER], b_const[PER], c_const[PER], time = 0.f;
 #pragma unroll
   for (int k = 0; k < PER; k++) {
     int n = s * PER + k;
     bool real = n < STATE && exists;
     i64 at = (i64)d * STATE + n;
-    A2[k] = real ? p.A[at] * LOG2E : 0.f;
+    A[k] = real ? p.A[at] : 0.f;
     b_const[k] = CONST_B && USE_B && real ? ((const float*)p.B)[at] : 0.f;
     c_const[k] = CONST_C && USE_C && real ? ((const float*)p.C)[at] : 0.f;
     h[k] = 0.f;
@@ -113,6 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
             const float gate = now_z.at(c, t);
             x[t] *= gate * sigmoid(gate);
           }
+          step[t] = to_log2(step[t]);
         }
         tile_write(dt_tile, o.channel + c, o.step, step);
         tile_write(x_tile, o.channel + c, o.step, x);
@@ -175,11 +176,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
           }
           if constexpr (MODE == 2) {
 #pragma unroll
-            for (int t = 3; t >= 0; t--) h[k] = decay_of(dt[t], A2[k]) * fmaf(x[t], c[t], h[k]);
+            for (int t = 3; t >= 0; t--) h[k] = decay_of(dt[t], A[k]) * fmaf(x[t], c[t], h[k]);
           } else {
 #pragma unroll
             for (int t = 0; t < 4; t++) {
-              h[k] = fmaf(decay_of(dt[t], A2[k]), h[k], x[t] * b[t]);
+              h[k] = fmaf(decay_of(dt[t], A[k]), h[k], x[t] * b[t]);
               if (MODE == 0) sum[t] = fmaf(c[t], h[k], sum[t]);
             }
           }
@@ -244,13 +245,12 @@ extern "C" __global__ void __launch_bounds__(256) combine(const Params p) {
   first = start / p.span + row;
   count = length <= 0 ? 1 : (length + p.span - 1) / p.span;
 #endif
-  const float A2 = p.A[at] * LOG2E;
   const float* entering = MODE == 2 ? p.last_state : p.initial_state;
   float h = entering ? entering[i] : 0.f;
   for (i64 k = 0; k < count; k++) {
     i64 slot = first + (MODE == 2 ? count - 1 - k : k);
     float leave = p.span_end[slot * per_row + at];
     p.span_end[slot * per_row + at] = h;
-    h = h == 0.f ? leave : fmaf(decay_of(p.span_time[slot * p.dim + d], A2), h, leave);  // 0 stays 0 where A > 0 overflows
+    h = h == 0.f ? leave : fmaf(decay_of(p.span_time[slot * p.dim + d], p.A[at]), h, leave);  // 0 stays 0 where A > 0 overflows
   }
 }

@@ -38,7 +38,7 @@ def supports(problem: Problem) -> str | None:
 # (tile elements a thread holds, time steps, fewest channels), best guess first. The backward holds seven tiles at
 # once, the forward three, so it takes smaller ones; its sums over channels want many of them in a program.
 _TILES = {
-    "forward": [(64, 16, 8), (32, 16, 8), (64, 16, 16), (32, 16, 4), (64, 8, 16), (32, 8, 8), (128, 16, 16)],
+    "forward": [(64, 8, 16), (64, 16, 8), (128, 16, 16), (32, 16, 8), (64, 16, 16), (32, 16, 4), (32, 8, 8)],
     "backward": [(32, 8, 8), (32, 8, 16), (32, 8, 32), (32, 16, 4), (16, 16, 8), (16, 8, 8), (16, 8, 16)],
 }
 
