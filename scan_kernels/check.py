@@ -144,6 +144,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def count(name: str, backends: list[str] | None, tags: tuple[str, ...]) -> int:
+    """How many (backend, case) pairs ``run`` goes through for one op."""
+    op = find_op(name)
+    return len([c for c in op.cases.CASES if set(c.tags) & set(tags)]) * len(backends or op.backends)
+
+
 def run(
     ops: list[str], backends: list[str] | None, device: torch.device, tags: tuple[str, ...], progress: Any = None
 ) -> tuple[list[Row], dict[str, dict[str, str]]]:
@@ -163,52 +169,6 @@ def run(
                 if progress is not None:
                     progress(f"{name} {backend} {case.name}")
     return rows, skipped
-
-
-def main(
-    ops: list[str] | None = None,
-    backends: list[str] | None = None,
-    device: str | None = None,
-    record: bool = False,
-    folder: str | Path = "bench_reports",
-) -> int:
-    """The verb ``check``: run, print, optionally record. Returns the exit code: 1 on any failure or nothing run."""
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-
-    console = Console()
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tags = ("ci", "gpu") if where.type == "cuda" else ("ci",)
-    names = list(ops or OPS)
-    with Progress(console=console, transient=True) as bar:
-        total = sum(
-            len([c for c in find_op(n).cases.CASES if set(c.tags) & set(tags)]) * len(backends or find_op(n).backends)
-            for n in names
-        )
-        task = bar.add_task("check", total=total)
-        rows, skipped = run(names, backends, where, tags, lambda text: bar.update(task, advance=1, description=text))
-    table = Table("op", "backend", "case", "worst tensor", "error", "allowance", "worst row", "")
-    grouped: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        grouped.setdefault((row.op, row.backend, row.case), []).append(row)
-    for (name, backend, case), group in grouped.items():
-        worst = max(group, key=lambda r: (not r.ok, r.worst_row))
-        verdict = "[green]pass" if worst.ok else "[red]FAIL"
-        table.add_row(
-            name, backend, case, worst.tensor, f"{worst.error:.1e}", f"{worst.allowance:.1e}",
-            f"{worst.worst_row:.2f}", verdict + (f" {worst.reason}" if worst.reason else ""),
-        )  # fmt: skip
-    console.print(table)
-    for name, reasons in skipped.items():
-        for backend, reason in reasons.items():
-            console.print(f"{name}: {backend} skipped: {reason}", highlight=False)
-    failed = sum(not all(r.ok for r in group) for group in grouped.values())
-    console.print(f"{len(grouped) - failed} passed, {failed} failed on {describe(where).name}", highlight=False)
-    if record:
-        path = write_record(rows, skipped, names, where, Path(folder))
-        console.print(f"recorded in {path}", highlight=False)
-    return 1 if failed or not grouped else 0
 
 
 def write_record(rows: list[Row], skipped: dict, ops: list[str], where: torch.device, folder: Path) -> Path:

@@ -238,7 +238,7 @@ def plain(
         dt = F.softplus(dt)
 
     def steps(M: Tensor) -> list[Tensor]:
-        """M at every step, broadcastable to (batch, dim, state). Unbound at once: slices would make autograd quadratic."""
+        """M at every step, broadcastable to (batch, dim, state); by one unbind, for slices make autograd quadratic."""
         if M.ndim == 2:
             return [M] * length
         groups = M.unsqueeze(1) if M.ndim == 3 else M
