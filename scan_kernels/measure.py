@@ -99,18 +99,23 @@ def results(
 ) -> Iterator[dict[str, Any]]:
     """Time every runner in every use of a case; one record each, as it is made.
 
-    The first runner is trusted (its gate is green); one whose result is far from its result gets no time. allowance:
-    for runners that are timed alone; it is spent over all cases it is passed to, and what comes after gets no time.
+    Results are held against each other: a runner far from what most agree on gets no time, in this use and the next.
+    allowance: for runners that are timed alone, spent over all cases it is passed to; what comes after gets no time.
     """
     allowance = allowance or Allowance(float("inf"))
+    wrong: dict[str, str] = {}
     for use in uses:
         problem = case.used(use, device.kind)
-        reasons = {r.name: r.unfit(problem) for r in runners}
+        reasons = {r.name: r.unfit(problem) or wrong.get(r.name) for r in runners}
         differences: dict[str, float] = {}
         timings: dict[str, timer.Timing | str] = {}
         trusted = None
-        for r in (r for r in runners if reasons[r.name] is None and not r.alone):
-            trusted = _try(op, case, tensors, r, use, trusted, reasons, differences)
+        if use != "training":
+            light = [r for r in runners if reasons[r.name] is None and not r.alone]
+            results = {r.name: _try(op, tensors, r, use, reasons) for r in light}
+            trusted = _agree(results, AGREEMENT[case.dtype], wrong, differences)
+            reasons |= wrong
+            del results
         timings |= _time(op, tensors, [r for r in runners if not (reasons[r.name] or r.alone)], use, device, seconds)
         for r in (r for r in runners if reasons[r.name] is None and r.alone):
             if allowance.left <= 0:
@@ -118,7 +123,10 @@ def results(
                 continue
             begin = time.perf_counter()
             if use != "training":
-                trusted = _try(op, case, tensors, r, use, trusted, reasons, differences)
+                got = _try(op, tensors, r, use, reasons)
+                _agree({"the backends": trusted, r.name: got}, AGREEMENT[case.dtype], wrong, differences)
+                reasons[r.name] = reasons[r.name] or wrong.get(r.name)
+                del got
             if reasons[r.name] is None:
                 timings |= _time(op, tensors, [r], use, device, seconds)
             allowance.left -= time.perf_counter() - begin
@@ -137,19 +145,41 @@ def results(
             yield record
 
 
-def _try(op, case, tensors, runner: Runner, use: str, trusted, reasons, differences):
-    """Run once, note why it cannot or must not be timed, and return the result that the others are held against."""
+def _try(op: Op, tensors: dict[str, Any], runner: Runner, use: str, reasons: dict[str, str | None]) -> Tensor | None:
+    """out, or the first gradient, of one call; where it fails, None and the reason noted."""
     try:
         got = call(runner.scan, tensors, op.cases.ARGUMENTS, use)()
-        got = (got[0] if use == "backward" else got).detach().float()
-        if trusted is None:
-            return got
-        differences[runner.name] = float((got - trusted).norm() / trusted.norm())
-        if not differences[runner.name] <= AGREEMENT[case.dtype]:
-            reasons[runner.name] = f"disagrees with our result: {differences[runner.name]:.1e} in norm"
+        return (got[0] if use == "backward" else got).detach()
     except Exception as e:
         reasons[runner.name] = _words(e)
-    return trusted
+        return None
+
+
+def _agree(
+    results: dict[str, Tensor | None],
+    tolerance: float,
+    wrong: dict[str, str],
+    differences: dict[str, float],
+) -> Tensor | None:
+    """The result that most others agree with, the first of equals; whoever is far from it is wrong.
+
+    Where no two of several agree nobody knows who is right, so all are called wrong and nothing is returned.
+    """
+    made = {name: t for name, t in results.items() if t is not None}
+    apart = {a: {b: float((made[b].float() - x.float()).norm() / x.float().norm()) for b in made if b != a}
+             for a, x in made.items()}  # fmt: skip
+    votes = {name: sum(d <= tolerance for d in others.values()) for name, others in apart.items()}
+    if len(made) > 1 and not any(votes.values()):
+        wrong |= dict.fromkeys(made, f"the results of {' and '.join(made)} disagree")
+        return None
+    if not made:
+        return None
+    trusted = max(votes, key=votes.__getitem__)
+    for name, difference in apart[trusted].items():
+        differences[name] = difference
+        if not difference <= tolerance:
+            wrong[name] = f"disagrees with {trusted} and others: {difference:.1e} in norm"
+    return made[trusted]
 
 
 def _time(op, tensors, group: list[Runner], use: str, device: Device, seconds: float) -> dict[str, timer.Timing | str]:

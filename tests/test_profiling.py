@@ -167,12 +167,23 @@ def test_a_backend_gets_a_bound_and_a_peer_that_disagrees_gets_no_time():
     assert [r["use"] for r in ours] == ["inference", "backward"]
     assert all(r["median_s"] > 0 and r["config"] and r["chosen"] for r in ours)
     reasons = {r["runner"]: r["reason"] for r in found if "reason" in r}
-    assert reasons["wrong"].startswith("disagrees")
+    assert reasons["wrong"] == "the results of the backends and wrong disagree"
     assert reasons["unfit"] == "cannot"
     assert "AttributeError" in reasons["fails"]
     need = measure.bounds(case.used("inference"), ceilings(CPU))
     assert need["elements"] == 8 * 40
     assert need["counts"]["exps"] == 8 * 40 * 20
+
+
+def test_the_one_that_disagrees_with_most_gets_no_time_even_if_it_is_ours():
+    case = Case("small", batch=1, dim=8, length=40)
+    right = [measure.Runner(name, "peer", lambda **a: selective_scan(**a), lambda p: None) for name in ("a", "b")]
+    wrong = measure.Runner("ours", "backend", lambda **a: 1.01 * selective_scan(**a), lambda p: None)
+    found = list(measure.results(OP, case, case.make(), [wrong, *right], CPU, 0.01, ("inference", "training")))
+    assert {(r["runner"], "reason" in r) for r in found} == {("ours", True), ("a", False), ("b", False)}
+    assert "disagrees with a" in found[0]["reason"]
+    found = list(measure.results(OP, case, case.make(), [wrong, right[0]], CPU, 0.01, ("inference",)))
+    assert {r["reason"] for r in found} == {"the results of ours and a disagree"}
 
 
 def test_slow_runners_stop_when_their_allowance_is_spent():
