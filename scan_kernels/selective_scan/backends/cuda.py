@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from ..problem import ITEMSIZE, Cotangents, Gradients, Inputs, Outputs, Problem
 
 RANK = 0
 FOLDER = Path(__file__).parent
-FORWARD, BACKWARD = (FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"), (
-    FOLDER / "cuda_common.cuh",
-    FOLDER / "cuda_backward.cu",
-)
+FORWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"
+BACKWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_backward.cu"
 SCAN, LEAVE, ADJOINT = 0, 1, 2  # MODE of cuda_forward.cu
 
 
@@ -253,7 +251,9 @@ def _is_aligned(tensors: list[Tensor], axis: int, width: int) -> bool:
     return True
 
 
-def defines(problem: Problem, config: Config, aligned: tuple[bool, bool, bool], axes: tuple[int, int]) -> dict[str, int]:
+def defines(
+    problem: Problem, config: Config, aligned: tuple[bool, bool, bool], axes: tuple[int, int]
+) -> dict[str, int]:
     """What a variant is specialised by. aligned: u and its like, B, C. axes: 0 length-, 1 state-contiguous B, C."""
     return {
         "DTYPE": DTYPES[problem.dtype],
@@ -299,10 +299,63 @@ def _own_width(problem: Problem, config: Config) -> int:
     return min(own, 16 // item)
 
 
-def _describe(problem: Problem, i: Inputs, config: Config, like_u: dict[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
-    """The defines and the parameters that every kernel of a call shares."""
+class Variant(NamedTuple):
+    """A kernel as a call launches it."""
+
+    files: tuple[Path, ...]
+    name: str
+    defines: dict[str, int]
+    config: Config  # of its blocks
+    shared_bytes: int
+
+    def kernel(self, name: str = "") -> Kernel:
+        return _kernel(self.files, name or self.name, tuple(sorted(self.defines.items())))
+
+
+def _entering(problem: Problem, config: Config) -> tuple[int, Config] | None:
+    """(mode, config) of the pass that finds what enters each span; None if time is not cut or parts hand it on."""
+    splits, span, _ = _spans(problem, config)
+    if splits == 1 or (problem.direction == "backward" and config.chain):
+        return None
+    if problem.direction == "forward":
+        return LEAVE, config
+    tile = 32 if span % 32 == 0 and problem.state <= 64 else 16
+    lanes = min(32, _power_of_two(_ceil(problem.state, 4 if problem.state > 1 else 1)))
+    return ADJOINT, _forward(problem, lanes, 4, tile)
+
+
+def variants(
+    problem: Problem, config: Config, aligned: tuple[bool, bool, bool], axes: tuple[int, int]
+) -> list[Variant]:
+    """What a call launches: first, if ``_entering`` says so, a pass over the spans' states; last, the scan itself."""
+    base = defines(problem, config, aligned, axes)
+    found = []
+    if first := _entering(problem, config):
+        mode, own = first
+        found.append(
+            Variant(FORWARD, "scan", base | _tunables(own) | {"MODE": mode}, own, shared_bytes(problem, own, mode))
+        )
+    if problem.direction == "forward":
+        files, name, more = FORWARD, "scan", {"MODE": SCAN}
+    else:
+        files, name = BACKWARD, "scan_backward"
+        more = {
+            "CHAIN": config.chain if _spans(problem, config)[0] > 1 else 0,
+            "PARTIALS": int(problem.deterministic),
+            "SUBTILES": problem.checkpoint // config.tile,
+        }
+    return [*found, Variant(files, name, base | more, config, shared_bytes(problem, config))]
+
+
+def _describe(
+    problem: Problem, i: Inputs, config: Config, like_u: dict[str, Tensor]
+) -> tuple[list[Variant], dict[str, int]]:
+    """The kernels of a call and the parameters that they share."""
     sequence = {"u": i.u, "delta": i.delta, **({"z": i.z} if i.z is not None else {}), **like_u}
+    first = _entering(problem, config)
     axis, width = (1 if problem.layout == "dim" else 2), _own_width(problem, config)
+    if first:
+        width = max(width, _own_width(problem, first[1]))
     # a block starts at its group's first channel, a packed sequence at any step
     starts = problem.dim // problem.groups % width == 0 or problem.groups == 1 if axis == 1 else not problem.sequences
     aligned = [starts and _is_aligned(list(sequence.values()), axis, width)]
@@ -325,12 +378,12 @@ def _describe(problem: Problem, i: Inputs, config: Config, like_u: dict[str, Ten
             values[name] = t.data_ptr()
     values["wide_offsets"] = int(i.cu_seqlens is not None and i.cu_seqlens.dtype == torch.int64)
     values["checkpoint"] = problem.checkpoint
-    return defines(problem, config, (aligned[0], aligned[1], aligned[2]), (axes[0], axes[1])), values
+    return variants(problem, config, (aligned[0], aligned[1], aligned[2]), (axes[0], axes[1])), values
 
 
-def _spans(problem: Problem, config: Config, unit: int) -> tuple[int, int, int]:
+def _spans(problem: Problem, config: Config) -> tuple[int, int, int]:
     """(splits, span in steps, slots): spans are a whole number of tiles and of kept states."""
-    unit = max(unit, config.tile)
+    unit = max(_lcm_unit(problem, config.tile), config.tile)
     longest = problem.length  # of a packed sequence it is not known here: an upper bound
     span = _ceil(_ceil(longest if not problem.sequences else _ceil(longest, problem.rows), config.splits), unit) * unit
     if config.splits == 1 or (not problem.sequences and span >= longest):
@@ -352,21 +405,18 @@ def _block_count(problem: Problem, config: Config) -> int:
     return problem.groups * _ceil(problem.dim // problem.groups, config.channels)
 
 
-def _enter_spans(problem: Problem, base: dict[str, int], values: dict[str, int], config: Config, mode: int, slots: int) -> None:
+def _enter_spans(problem: Problem, first: Variant, values: dict[str, int], slots: int) -> None:
     """Fill span_end with the state (or adjoint) that enters each span: one state-only pass and `combine`."""
-    items = base | _tunables(config) | {"MODE": mode}
-    key = tuple(sorted(items.items()))
-    blocks = _block_count(problem, config)
-    shared = shared_bytes(problem, config, mode)
-    _kernel(FORWARD, "scan", key)(blocks * slots, config.threads, shared, values | {"blocks": blocks})
+    blocks = _block_count(problem, first.config)
+    first.kernel()(blocks * slots, first.config.threads, first.shared_bytes, values | {"blocks": blocks})
     threads = problem.rows * problem.dim * problem.state
-    _kernel(FORWARD, "combine", key)(_ceil(threads, 256), 256, 0, values)
+    first.kernel("combine")(_ceil(threads, 256), 256, 0, values)
 
 
 def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) -> None:
     """Run the scan. See the module's kernels; ``Outputs`` says what is written."""
-    base, values = _describe(problem, inputs, config, {"out": outputs.out})
-    splits, span, slots = _spans(problem, config, _lcm_unit(problem, config.tile))
+    (*first, scan), values = _describe(problem, inputs, config, {"out": outputs.out})
+    splits, span, slots = _spans(problem, config)
     values |= {"splits": splits, "span": span}
     if outputs.states is not None:
         values["states"] = outputs.states.data_ptr()
@@ -376,10 +426,9 @@ def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) 
         scratch = inputs.u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
         values["span_end"] = scratch.data_ptr()
         values["span_time"] = scratch.data_ptr() + 4 * slots * problem.dim * problem.state
-        _enter_spans(problem, base, values, config, LEAVE, slots)
+        _enter_spans(problem, first[0], values, slots)
     blocks = _block_count(problem, config)
-    kernel = _kernel(FORWARD, "scan", tuple(sorted((base | {"MODE": SCAN}).items())))
-    kernel(blocks * slots, config.threads, shared_bytes(problem, config), values | {"blocks": blocks})
+    scan.kernel()(blocks * slots, config.threads, scan.shared_bytes, values | {"blocks": blocks})
 
 
 def backward(
@@ -387,11 +436,10 @@ def backward(
 ) -> None:
     """Fill the gradients. Sums over rows and channels are atomic, or per block and added in order if deterministic."""
     u, g = inputs.u, gradients
-    base, values = _describe(problem, inputs, config, {"dout": cotangents.dout, "du": g.du})
+    (*first, scan), values = _describe(problem, inputs, config, {"dout": cotangents.dout, "du": g.du})
     values |= {"ddelta": g.ddelta.data_ptr(), "dz": g.dz.data_ptr() if g.dz is not None else 0}
-    splits, span, slots = _spans(problem, config, _lcm_unit(problem, config.tile))
+    splits, span, slots = _spans(problem, config)
     blocks = _block_count(problem, config)
-    chain = config.chain if splits > 1 else 0
     values |= {"splits": splits, "span": span, "blocks": blocks, "states": states.data_ptr()}
     if cotangents.dlast_state is not None:
         values["last_state"] = cotangents.dlast_state.data_ptr()
@@ -403,17 +451,14 @@ def backward(
         keep.append(scratch)
         values["span_end"] = scratch.data_ptr()
         values["span_time"] = scratch.data_ptr() + 4 * slots * problem.dim * problem.state
-        if chain:
+        if not first:
             tickets = u.new_zeros(1 + slots * blocks, dtype=torch.int32)
             keep.append(tickets)
             values["tickets"] = tickets.data_ptr()
         else:
-            tile = 32 if span % 32 == 0 and problem.state <= 64 else 16
-            lanes = min(32, _power_of_two(_ceil(problem.state, 4 if problem.state > 1 else 1)))
-            adjoint = _forward(problem, lanes, 4, tile)
             d = cotangents.dout
             swapped = values | {"u": d.data_ptr(), "u_batch": d.stride(0), "u_dim": d.stride(1), "u_step": d.stride(2)}
-            _enter_spans(problem, base, swapped, adjoint, ADJOINT, slots)
+            _enter_spans(problem, first[0], swapped, slots)
 
     # where the kernel adds (or, deterministic, stores its part of) each sum
     sums = {"dA": g.dA, "dD": g.dD, "ddelta_bias": g.ddelta_bias, "dB": g.dB, "dC": g.dC}
@@ -432,12 +477,10 @@ def backward(
         else:
             parts[name] = total.zero_()
         values[name] = parts[name].data_ptr()
-    variant = base | {"CHAIN": chain, "PARTIALS": int(problem.deterministic), "SUBTILES": problem.checkpoint // config.tile}
-    kernel = _kernel(BACKWARD, "scan_backward", tuple(sorted(variant.items())))
     count = blocks * slots
-    if chain:
+    if scan.defines["CHAIN"]:
         count = min(count, torch.cuda.get_device_properties(u.device).multi_processor_count * config.blocks)
-    kernel(count, config.threads, shared_bytes(problem, config), values)
+    scan.kernel()(count, config.threads, scan.shared_bytes, values)
     if problem.deterministic:
         for name, part in parts.items():
             torch.sum(part, 0, out=sums[name])
