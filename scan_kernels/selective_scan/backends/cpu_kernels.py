@@ -37,6 +37,7 @@ from .cpu_simd import (
     store,
     store_unaligned,
     totals,
+    variant,
     write_float,
 )
 
@@ -147,7 +148,7 @@ def _step_sizes(c, steps, bias, delta, u, du):
 def _sweep(constant_B, constant_C):
     """Four states along steps first .. last of a tile: h in registers, C·h added to y."""
 
-    @_njit
+    @variant(constant_B, constant_C)
     def sweep(first, last, A, h, delta, du, y, B, C):
         a0, a1, a2, a3 = load(A), load(A + ROW), load(A + 2 * ROW), load(A + 3 * ROW)
         h0, h1, h2, h3 = load(h), load(h + ROW), load(h + 2 * ROW), load(h + 3 * ROW)
@@ -367,7 +368,7 @@ def _sweep_back(constant_B, constant_C):
     and dC per channel if constant, else 4 rows for every step, whose lanes are summed later.
     """
 
-    @_njit
+    @variant(constant_B, constant_C)
     def sweep(steps, kept, moving, B, C, decays, states, dB, dC):
         A, h, g, dA = kept
         delta, du, dy, y, GB, AG = moving

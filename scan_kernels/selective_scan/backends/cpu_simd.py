@@ -32,6 +32,20 @@ FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CP
 AVX512 = "+avx512dq" in FEATURES.split(",")
 
 
+def variant(*suffixes):
+    """Compile a function that a factory makes several of, under a name of its own.
+
+    Numba tells functions of one name and type apart by a counter that starts anew in every process. Object code that
+    two processes have cached may then hold two different functions under one symbol, of which the linker picks one.
+    """
+
+    def compiled(function):
+        function.__qualname__ = "_".join([function.__qualname__, *map(str, suffixes)])
+        return njit(function, error_model="numpy")
+
+    return compiled
+
+
 class Vector(types.Type):
     """16 floats, one for each lane."""
 
@@ -344,7 +358,7 @@ def _tile_moves(kind):
     size = _ELEMENT[kind][2]
     read1, write1, read16, write16, read_square, write_square = _element_operations(kind)
 
-    @njit(error_model="numpy")
+    @variant(kind)
     def gather(scratch, address, lane_stride, step_stride, lanes, steps, spare):
         if lane_stride == size and lanes == LANES:
             for t in range(steps):
@@ -361,7 +375,7 @@ def _tile_moves(kind):
                 write_float(scratch + t * ROW + 4 * lane, read1(address + t * step_stride + lane * lane_stride))
             t += 1
 
-    @njit(error_model="numpy")
+    @variant(kind)
     def scatter(scratch, address, lane_stride, step_stride, lanes, steps, spare):
         if lane_stride == size and lanes == LANES:
             for t in range(steps):
