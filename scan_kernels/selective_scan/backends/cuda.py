@@ -148,10 +148,13 @@ def configs(problem: Problem, device: Any) -> list[Config]:
     return found
 
 
-def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, splits: int = 1) -> Config:
+def _forward(
+    problem: Problem, lanes: int, warps: int = 4, tile: int = 32, splits: int = 1, arch: str = "sm_90"
+) -> Config:
     """A forward configuration with as many blocks a multiprocessor as its registers allow without spilling."""
     per = _ceil(problem.state, lanes)
-    if per > 8 or lanes == 1:
+    # ptxas needs some 20 registers more for sm_120 than for the others
+    if per > 8 or lanes == 1 or (per > 4 and arch.startswith("sm_12")):
         blocks = 2
     elif per > 4 or problem.state & (problem.state - 1):
         blocks = 3 if problem.dtype != "float32" else 2
@@ -161,6 +164,7 @@ def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, split
 
 
 def _forward_configs(problem: Problem, device: Any) -> list[Config]:
+    make = functools.partial(_forward, problem, arch=device.arch)
     channels = problem.rows * problem.dim
     most = min(32, _power_of_two(problem.state))
     least = min(most, max(1, _power_of_two(_ceil(problem.state, 8))))
@@ -176,16 +180,16 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     if channels * lanes < 0.8 * wanted and longest > 1:
         # too few channels even so: cut time, at the cost of a second, state-only pass
         lanes = least
-        config = _forward(problem, lanes, 4, tile)
+        config = make(lanes, 4, tile)
         blocks = problem.rows * problem.groups * _ceil(problem.dim // problem.groups, config.channels)
         splits = min(longest, max(1, 2 * device.units * config.blocks // blocks))
-    found = [_forward(problem, lanes, 4, tile, splits)]
+    found = [make(lanes, 4, tile, splits)]
     for other in dict.fromkeys((lanes, lanes * 2, max(1, lanes // 2), least, most)):
         if not least <= other <= most:
             continue
         for cut in dict.fromkeys((splits, min(longest, 2 * splits), _ceil(splits, 2), 1)):
-            found += [_forward(problem, other, warps, tile, cut) for warps in (4, 8, 2)]
-    narrow = [_forward(problem, x, w, 16) for x in dict.fromkeys((lanes, most, least)) for w in (4, 2, 1)]
+            found += [make(other, warps, tile, cut) for warps in (4, 8, 2)]
+    narrow = [make(x, w, 16) for x in dict.fromkeys((lanes, most, least)) for w in (4, 2, 1)]
     return found + narrow
 
 
@@ -194,6 +198,8 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     lanes = min(32, _power_of_two(_ceil(problem.state, per)))
     per = _ceil(problem.state, lanes)
     tile = min(16, 32 // _power_of_two(per))
+    if lanes == 1 and problem.dtype == "float32" and problem.layout == "dim":
+        tile = 8  # a thread's 16 elements of every tensor, each an access of its own, would not fit in its registers
     per_group = problem.dim // problem.groups
     found = []
     for warps, groups in ((4, 4), (4, 8), (4, 2), (8, 4), (8, 2), (4, 1), (2, 4), (2, 2), (2, 1), (1, 1)):
