@@ -77,24 +77,7 @@ DEVICE void deposit(float* to, float v) {
 // with values q * LEFT .. in v[0 .. LEFT-1].
 constexpr int LEFT = VALUES >= PER_WARP ? VALUES / PER_WARP : 1;
 static_assert(VALUES >= PER_WARP ? VALUES % PER_WARP == 0 : PER_WARP % VALUES == 0, "invalid configuration");
-DEVICE void reduce_channels(float (&v)[VALUES], int lane) {
-  int count = VALUES;
-#pragma unroll
-  for (int m = 16; m >= LANES; m >>= 1) {
-    if (count > 1) {
-      bool upper = lane & m;
-      count >>= 1;
-#pragma unroll
-      for (int i = 0; i < VALUES / 2; i++)
-        if (i < count) {
-          float send = upper ? v[i] : v[i + count], keep = upper ? v[i + count] : v[i];
-          v[i] = keep + __shfl_xor_sync(0xffffffffu, send, m);
-        }
-    } else {
-      v[0] += __shfl_xor_sync(0xffffffffu, v[0], m);
-    }
-  }
-}
+DEVICE void reduce_channels(float (&v)[VALUES], int lane) { spread_sum<16, LANES>(v, lane); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Params p) {
   extern __shared__ __align__(16) float shared[];
@@ -400,6 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       __syncthreads();
 
       // ---- sweep
+      const int groups = (ch.count - warp * PER_WARP + WARPS * PER_WARP - 1) / (WARPS * PER_WARP);  // that exist
       float acc_B[VALUES], acc_C[VALUES];
 #pragma unroll
       for (int i = 0; i < VALUES; i++) acc_B[i] = acc_C[i] = 0.f;
@@ -407,8 +391,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       const float* const c_tile = b_tile + BC_FLOATS;
       const float* const entering = enter + (SUBTILES == 1 ? tile & 1 : tile % SUBTILES) * STATE_FLOATS;
 #pragma unroll 1
-      for (int c = 0; c < GROUPS; c++) {
-        if ((c * WARPS + warp) * PER_WARP >= ch.count) break;
+      for (int c = 0; c < groups; c++) {
         const int channel = (c * WARPS + warp) * PER_WARP + lane / LANES, at = channel * STATES + s * PER;
         float A[PER], h[PER], g[PER], dA[PER], b_const[PER], c_const[PER], dB_const[PER], dC_const[PER];
 #pragma unroll
@@ -468,9 +451,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
               }
             }
           }
-          reduce_steps<G>(gb);
-          reduce_steps<G>(ga);
-          if (HAS_Z) reduce_steps<G>(y);
+          reduce_steps(gb, lane);
+          reduce_steps(ga, lane);
+          if (HAS_Z) reduce_steps(y, lane);
           __syncwarp();
           constexpr int MINE = LANES < G ? G / LANES : 1;
           const int first = g0 + first_step<G>(s);

@@ -444,19 +444,18 @@ struct Projection {
 // B and C wait in registers during a main loop only where that takes few of them; else they are fetched after it.
 constexpr bool EARLY = STATES * TILE * ITEM <= 8 * THREADS;
 
-// Sum each v[i] over the LANES lanes of a channel, spreading the results: afterwards lane s holds the sum of step
-// first(s) in v[0], and, where LANES < G, of the G/LANES steps from there on.
-template <int G>
-DEVICE void reduce_steps(float (&v)[G]) {
-  int lane = (int)threadIdx.x & 31;
-  int count = G;
+// Sum each v[i] over lanes that differ in the bits HIGH .. LOW, and spread the sums: at each bit a lane keeps half of
+// its values and hands on the other half, while there are halves; what is left is summed in full.
+template <int HIGH, int LOW, int COUNT>
+DEVICE void spread_sum(float (&v)[COUNT], int lane) {
+  int count = COUNT;
 #pragma unroll
-  for (int m = LANES / 2; m >= 1; m >>= 1) {
+  for (int m = HIGH; m >= LOW; m >>= 1) {
     if (count > 1) {
       bool upper = lane & m;
       count >>= 1;
 #pragma unroll
-      for (int i = 0; i < G / 2; i++)
+      for (int i = 0; i < COUNT / 2; i++)
         if (i < count) {
           float send = upper ? v[i] : v[i + count], keep = upper ? v[i + count] : v[i];
           v[i] = keep + __shfl_xor_sync(0xffffffffu, send, m);
@@ -466,5 +465,8 @@ DEVICE void reduce_steps(float (&v)[G]) {
     }
   }
 }
+// Over the lanes of a channel, for G steps: lane s is left with the G / LANES steps from first_step(s) on, at least one.
+template <int G>
+DEVICE void reduce_steps(float (&v)[G], int lane) { spread_sum<LANES / 2, 1>(v, lane); }
 template <int G>
 DEVICE int first_step(int s) { return LANES >= G ? s / (LANES / (LANES >= G ? G : 1)) : s * (G / LANES); }

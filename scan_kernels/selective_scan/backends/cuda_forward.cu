@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         for (int t = 0; t < 4; t++) y[q + t] = sum[t];
       }
       if constexpr (MODE == 0) {
-        reduce_steps<G>(y);
+        reduce_steps(y, lane);
         __syncwarp();
         constexpr int MINE = LANES < G ? G / LANES : 1;
         const int first = g0 + first_step<G>(s);
