@@ -46,6 +46,7 @@ TILES = 9  # tiles a channel block needs in the backward
 SKEW = 5  # rows between scratch arrays: walked together at 4096 bytes' distance, a store would hold up later loads
 SPAN = 4096  # numbers that a task of ``add_up`` adds up
 LOG2E = np.float32(1.4426950408889634)
+LOG2E_REST = np.float32(1.4426950408889634 - float(LOG2E))
 LN2 = np.float32(0.6931471805599453)
 
 _ELEMENTS = ("u", "delta", "z", "out", "dout", "du", "ddelta", "dz")  # (batch, dim, length), element kind ``kind``
@@ -142,7 +143,7 @@ def _step_sizes(c, steps, bias, delta, u, du):
         if c.softplus:
             x = softplus(x)
         store(du + i, load(u + i) * x)
-        store(delta + i, quiet(x * splat(LOG2E)))
+        store(delta + i, quiet(fma(x, splat(LOG2E), x * splat(LOG2E_REST))))
 
 
 def _sweep(constant_B, constant_C):
@@ -405,7 +406,7 @@ def _sweep_back(constant_B, constant_C):
             store(y + i, fma(h3, c3, fma(h2, c2, fma(h1, c1, fma(h0, c0, load(y + i))))))
 
         g0, g1, g2, g3 = load(g), load(g + ROW), load(g + 2 * ROW), load(g + 3 * ROW)
-        s0, s1, s2, s3 = load(dA), load(dA + ROW), load(dA + 2 * ROW), load(dA + 3 * ROW)
+        s0, s1, s2, s3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
         for j in range(steps):
             i = (steps - 1 - j) * ROW
             d = load(delta + i)
@@ -447,10 +448,10 @@ def _sweep_back(constant_B, constant_C):
         store(g + ROW, g1)
         store(g + 2 * ROW, g2)
         store(g + 3 * ROW, g3)
-        store(dA, s0)
-        store(dA + ROW, s1)
-        store(dA + 2 * ROW, s2)
-        store(dA + 3 * ROW, s3)
+        store(dA, load(dA) + s0)
+        store(dA + ROW, load(dA + ROW) + s1)
+        store(dA + 2 * ROW, load(dA + 2 * ROW) + s2)
+        store(dA + 3 * ROW, load(dA + 3 * ROW) + s3)
 
     return sweep
 
@@ -559,7 +560,7 @@ def _gradients_out(c, w, k, batch, t, steps):
     first, lanes = _block(w, k)
     u, _, delta, slope, dy, gate, y, GB, AG = _tiles(w, k)
     skip = load(w.D + k * ROW)
-    dD, dbias = load(w.dD + k * ROW), load(w.dbias + k * ROW)
+    dD, dbias = splat(0.0), splat(0.0)  # of this tile alone: one running sum over all steps would round far more
     for i in range(0, steps * ROW, ROW):
         x, v, s = load(u + i), load(dy + i), load(GB + i)
         ddelta = fma(x, s, load(AG + i))
@@ -572,8 +573,8 @@ def _gradients_out(c, w, k, batch, t, steps):
         store(GB + i, fma(skip, v, through_h) if c.D else through_h)
         if c.z:
             store(gate + i, load(gate + i) * load(y + i))
-    store(w.dD + k * ROW, dD)
-    store(w.dbias + k * ROW, dbias)
+    store(w.dD + k * ROW, load(w.dD + k * ROW) + dD)
+    store(w.dbias + k * ROW, load(w.dbias + k * ROW) + dbias)
     at = c.du + batch * c.du_b + first * c.du_d + t * c.du_t
     scatter(c.kind, GB, at, c.du_d, c.du_t, lanes, steps, w.spare)
     at = c.ddelta + batch * c.ddelta_b + first * c.ddelta_d + t * c.ddelta_t
