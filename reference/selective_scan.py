@@ -31,7 +31,7 @@ def rows(batch, length, cu_seqlens):
     if cu_seqlens is None:
         return [(b, 0, length) for b in range(batch)]
     offsets = [int(o) for o in cu_seqlens]
-    return [(0, start, stop) for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [(0, offsets[i], offsets[i + 1]) for i in range(len(offsets) - 1)]
 
 
 def per_channel(M, batch, dim, length):
@@ -102,7 +102,7 @@ def selective_scan_backward(
     """
     B_given, C_given = B, C
     u, raw, Δ, A, B, C, D, z = _prepare(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    batch, dim, length = u.shape
+    batch, _, length = u.shape
     spans = rows(batch, length, cu_seqlens)
     dout = np.asarray(dout, np.float64)
     with np.errstate(all="ignore"):
@@ -135,7 +135,8 @@ def selective_scan_backward(
                 g = decay * G
             dinitial[r] = g
         ddelta = dΔ * sigmoid(raw) if delta_softplus else dΔ
-        gradients = {"u": du, "delta": ddelta, "A": dA, "B": from_channels(dB, B_given), "C": from_channels(dC, C_given)}
+        dB, dC = from_channels(dB, B_given), from_channels(dC, C_given)
+        gradients = {"u": du, "delta": ddelta, "A": dA, "B": dB, "C": dC}
         if D is not None:
             gradients["D"] = (dy * u).sum((0, 2))
             y = y + D[:, None] * u

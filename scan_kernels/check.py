@@ -59,14 +59,15 @@ def find_op(name: str) -> Op:
 def poisoned() -> Iterator[None]:
     """Fill every torch.empty with NaN, so that what a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic  # a module whose switch is a property: no type checker knows it
+    fill = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switches.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switches.fill_uninitialized_memory = fill
 
 
 def _norms(x: np.ndarray, finite: np.ndarray) -> tuple[float, np.ndarray]:
@@ -160,7 +161,8 @@ def run(
         op = find_op(name)
         cases = [c for c in op.cases.CASES if set(c.tags) & set(tags)]
         for backend in backends or list(op.backends):
-            reasons = {c.name: op.reasons(c.problem("forward", device.type)).get(backend, "no such backend") for c in cases}
+            problems = {c.name: c.problem("forward", device.type) for c in cases}
+            reasons = {name: op.reasons(p).get(backend, "no such backend") for name, p in problems.items()}
             if all(reasons.values()):
                 skipped.setdefault(name, {})[backend] = next(iter(reasons.values())) or ""
                 continue
@@ -183,11 +185,10 @@ def write_record(rows: list[Row], skipped: dict, ops: list[str], where: torch.de
         "skipped": skipped,
         "passed": sum(r.ok for r in rows),
         "failed": sum(not r.ok for r in rows),
-        "rows": [dataclasses.asdict(r) for r in rows],
     }
     handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
     with os.fdopen(handle, "w", encoding="utf-8") as f:
-        lines = ",\n".join(json.dumps(_plain_numbers(r)) for r in content.pop("rows"))
+        lines = ",\n".join(json.dumps(_plain_numbers(dataclasses.asdict(r))) for r in rows)
         head = json.dumps(content, indent=1)
         f.write(head[:-2] + ',\n "rows": [\n' + lines + "\n]}\n")
     os.chmod(temporary, 0o644)
@@ -197,6 +198,4 @@ def write_record(rows: list[Row], skipped: dict, ops: list[str], where: torch.de
 
 def _plain_numbers(row: dict[str, Any]) -> dict[str, Any]:
     """JSON knows no infinity; four digits tell an error."""
-    return {
-        k: (float(f"{v:.4g}") if np.isfinite(v) else str(v)) if isinstance(v, float) else v for k, v in row.items()
-    }
+    return {k: (float(f"{v:.4g}") if np.isfinite(v) else str(v)) if isinstance(v, float) else v for k, v in row.items()}

@@ -123,17 +123,19 @@ class Op:
         if config is not None:
             name = type(config).__module__.rpartition(".")[2]
             if backend not in ("auto", name):
-                raise TypeError(f"config: expected a Config of backend {backend!r}, got {type(config).__qualname__} of {name!r}")
+                got = type(config).__qualname__
+                raise TypeError(f"config: expected a Config of backend {backend!r}, got {got} of {name!r}")
             return Choice(name, config, "argument", self.backend(name, problem))
         if backend != "auto":
             self.backend(backend, problem)
+        reasons = self.reasons(problem)
         for entry in store.lookup(self.key(problem, device)):
-            if backend not in ("auto", entry.backend) or self.reasons(problem).get(entry.backend, "unknown") is not None:
+            if backend not in ("auto", entry.backend) or reasons.get(entry.backend, "unknown") is not None:
                 continue
             module = self.backend(entry.backend, problem)
             if (found := config_from_dict(module.Config, entry.config)) in module.configs(problem, device):
                 return Choice(entry.backend, found, entry.source, module)
-        for name, reason in self.reasons(problem).items():
+        for name, reason in reasons.items():
             if backend in ("auto", name) and reason is None:
                 module = self.backend(name, problem)
                 self._report_untuned(problem, device)
@@ -146,7 +148,8 @@ class Op:
             return
         self._untuned_reported.add((self.name, device.name))
         warnings.warn(
-            f"{self.name} is not tuned for {device.name}; using its heuristic. To tune: scan-kernels tune --op {self.name}",
+            f"{self.name} is not tuned for {device.name}; using its heuristic. "
+            f"To tune: scan-kernels tune --op {self.name}",
             stacklevel=2,
         )
 

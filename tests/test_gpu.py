@@ -26,7 +26,8 @@ def arguments(case: cases.Case) -> dict:
 def accept(case: cases.Case, tensors: dict, got: dict) -> None:
     exact, plain = check.judged(OP, tensors)
     for name in got:
-        *figures, ok = check.compare(exact[name], plain[name], got[name].double().cpu().numpy(), check.FLOORS[case.dtype])
+        result = got[name].double().cpu().numpy()
+        *figures, ok = check.compare(exact[name], plain[name], result, check.FLOORS[case.dtype])
         assert ok, (case.name, name, figures)
 
 

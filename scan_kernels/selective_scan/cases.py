@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference as float64
-from . import OP, _allocate, _allocate_gradients, _normal_form, _problem, selective_scan
+from ..reference import selective_scan as float64_scan
+from ..reference import selective_scan_backward as float64_backward
+from . import OP, _allocate, _allocate_gradients, _normal_form, selective_scan
 from .problem import MAX_STATE, Cotangents, Inputs, Outputs, Problem, default_checkpoint
 
 Tensors = dict[str, Any]
@@ -88,7 +89,8 @@ class Case:
         generator = torch.Generator(device)
         generator.manual_seed(torch.seed() % 2**63 if seed is None else seed)
         dtype = getattr(torch, self.dtype)
-        batch, dim, length, state = 1 if self.lengths else self.batch, self.dim, sum(self.lengths) or self.length, self.state
+        batch, length = (1, sum(self.lengths)) if self.lengths else (self.batch, self.length)
+        dim, state = self.dim, self.state
         rows = len(self.lengths) or batch
 
         def normal(*shape):
@@ -154,8 +156,8 @@ def judge(tensors: Tensors) -> dict[str, np.ndarray]:
     """Outputs and gradients of the float64 reference, named as ``candidate`` names them."""
     t = {k: v.detach().to("cpu", torch.float64).numpy() if isinstance(v, Tensor) else v for k, v in tensors.items()}
     dout, dlast = t.pop("dout"), t.pop("dlast_state")
-    out, last = float64.selective_scan(**t)
-    gradients = float64.selective_scan_backward(dout, dlast, **t)
+    out, last = float64_scan(**t)
+    gradients = float64_backward(dout, dlast, **t)
     return {"out": out, "last_state": last, **{f"d{k}": v for k, v in gradients.items()}}
 
 
@@ -189,9 +191,7 @@ def launcher(tensors: Tensors, problem: Problem) -> Launch:
     chosen.module.forward(forward, i, outputs, chosen.config)
     cotangents = Cotangents(tensors["dout"], tensors["dlast_state"] if last else None)
     gradients = _allocate_gradients(i.u, i.A, i.B, i.C, i.D, i.z, i.delta_bias, i.initial_state)
-    return lambda module, config: functools.partial(
-        module.backward, problem, i, states, cotangents, gradients, config
-    )
+    return lambda module, config: functools.partial(module.backward, problem, i, states, cotangents, gradients, config)
 
 
 def parse(text: str, dtype: str) -> Case:
@@ -218,7 +218,8 @@ def _run(tensors: Tensors, function, **options) -> dict[str, Tensor]:
     leaves = {k: given[k].detach().requires_grad_() for k in ARGUMENTS if given[k] is not None}
     out, last = function(**{**given, **leaves}, return_last_state=True, **options)
     gradients = torch.autograd.grad((out, last), list(leaves.values()), (dout, dlast))
-    return {"out": out.detach(), "last_state": last.detach()} | {f"d{k}": g for k, g in zip(leaves, gradients, strict=True)}
+    found = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {"out": out.detach(), "last_state": last.detach()} | found
 
 
 def plain(
@@ -266,15 +267,19 @@ def plain(
 
 def _ci() -> list[Case]:
     flags = ("D", "z", "bias", "softplus")
+
+    def given(bits: int) -> dict[str, Any]:
+        return {f: bool(bits >> i & 1) for i, f in enumerate(flags)}
+
     cases = [Case(f"{dtype}", dtype=dtype) for dtype in ("float32", "bfloat16", "float16")]
     cases += [
-        Case("flags-" + ("".join(f[0] for i, f in enumerate(flags) if bits >> i & 1) or "none"), length=33, dim=5,
-             **{f: bool(bits >> i & 1) for i, f in enumerate(flags)})
+        Case("flags-" + ("".join(f[0] for f in flags if given(bits)[f]) or "none"), length=33, dim=5, **given(bits))
         for bits in range(15)
-    ]  # fmt: skip
+    ]
     cases += [Case(f"state-{n}", state=n, length=41, dim=5, dtype=t)
               for n, t in ((1, "float32"), (3, "bfloat16"), (8, "float32"), (24, "float16"), (32, "float32"),
-                           (40, "bfloat16"), (64, "float32"), (100, "float32"), (128, "bfloat16"), (256, "float32"))]  # fmt: skip
+                           (40, "bfloat16"), (64, "float32"), (100, "float32"), (128, "bfloat16"),
+                           (256, "float32"))]  # fmt: skip
     cases += [Case(f"length-{n}", length=n, dim=9, dtype=t, layout=layout)
               for n, t, layout in ((1, "float32", "length"), (2, "bfloat16", "dim"), (16, "float32", "length"),
                                    (64, "bfloat16", "length"), (127, "float32", "dim"), (211, "bfloat16", "length"),
