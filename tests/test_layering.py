@@ -1,6 +1,8 @@
 """Who may import whom: every arrow between our modules runs the right way, and every package is shipped."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -130,6 +132,17 @@ def test_the_reference_needs_numpy_only():
 def test_every_package_is_shipped():
     packages = {m for m, path in modules().items() if path.name == "__init__.py"}
     assert packages == set(BUILD["packages"])
+
+
+def test_a_checkout_imports_as_it_lies():
+    """Where a copy is installed, the checkout that stands in the current folder wins, and must be whole."""
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "import scan_kernels.autotune.store, scan_kernels.profiling.device, scan_kernels.reference as found\n"
+        "print(found.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == ROOT / "reference" / "__init__.py"
 
 
 @pytest.mark.parametrize(
