@@ -14,12 +14,12 @@ import warnings
 
 import pytest
 import torch
-from scan_kernels.autotune import search, store, tuner
-from scan_kernels.profiling.device import describe
-from scan_kernels.profiling.timer import Timing
 
 from scan_kernels import __main__ as command
+from scan_kernels.autotune import search, store, tuner
 from scan_kernels.cli import tune as verb
+from scan_kernels.profiling.device import describe
+from scan_kernels.profiling.timer import Timing
 from scan_kernels.selective_scan import OP, cases
 from scan_kernels.selective_scan.problem import Problem
 

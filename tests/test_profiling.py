@@ -13,11 +13,11 @@ import time
 
 import pytest
 import torch
-from scan_kernels.profiling import report, roofline, timer
-from scan_kernels.profiling.device import Ceiling, ceilings, describe
 
 from scan_kernels import measure, selective_scan, text
 from scan_kernels.peers import PEERS, Peer
+from scan_kernels.profiling import report, roofline, timer
+from scan_kernels.profiling.device import Ceiling, ceilings, describe
 from scan_kernels.selective_scan import OP
 from scan_kernels.selective_scan.cases import ARGUMENTS, Case
 from scan_kernels.selective_scan.problem import Problem

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from scan_kernels.reference import selective_scan, selective_scan_backward
 from scan_kernels.reference.selective_scan import sigmoid, softplus
 

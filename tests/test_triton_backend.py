@@ -19,9 +19,8 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from scan_kernels.profiling.device import Device
-
 from scan_kernels import reference
+from scan_kernels.profiling.device import Device
 from scan_kernels.selective_scan import selective_scan
 from scan_kernels.selective_scan.backends import triton as backend
 from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, Outputs, Problem
