@@ -126,15 +126,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     if (!locate(p, slot, w)) return;
     const Channels ch = channels(p, block);
     const int batch = PACKED ? 0 : w.row;
-    const Own o = own();
-    const i64 own_d = ch.first + (o.channel < ch.count ? o.channel : 0);
-    auto per_channel = [&](const float* values, int c) {
-      return o.channel + c < ch.count ? __ldg(values + own_d + c + here()) : 0.f;
+    auto per_channel = [&](const float* values, Own o, int c) {
+      return o.channel + c < ch.count ? __ldg(values + own_channel(ch, o) + c) : 0.f;
     };
     float sum_D[OWN_C], sum_bias[OWN_C];
 #pragma unroll
     for (int c = 0; c < OWN_C; c++) sum_D[c] = sum_bias[c] = 0.f;
-    auto extent = [&](int t0) { return extent_of(o, ch.count, w.end - t0); };
+    auto extent = [&](Own o, int t0) { return extent_of(o, ch.count, w.end - t0); };
 
     // per channel and state: A, the adjoint that enters from the right, the sum for dA
     for (int i = tid; i < STATE_FLOATS; i += THREADS) {
@@ -174,7 +172,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     };
     auto fetch = [&](int stage, int tile) {
       int t0 = w.begin + tile * TILE;
-      Extent n = extent(t0);
+      const Own o = own();
+      const Extent n = extent(o, t0);
       fetch_one(stage, 0, OWN_AT(u, t0), p.u_step, n);
       fetch_one(stage, 1, OWN_AT(delta, t0), p.delta_step, n);
       fetch_one(stage, 2, OWN_AT(dout, t0), p.dout_step, n);
@@ -205,14 +204,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       }
     };
     auto stage_tile = [&](int stage, int tile) {
+      const Own o = own();
       if (!o.any) return;
-      const Extent n = extent(w.begin + tile * TILE);
+      const Extent n = extent(o, w.begin + tile * TILE);
       Raw ru, rd, ro, rz;
       read(ru, stage, 0), read(rd, stage, 1), read(ro, stage, 2);
       if (HAS_Z) read(rz, stage, TENSORS - 1);
 #pragma unroll
       for (int c = 0; c < OWN_C; c++) {
-        const float bias = HAS_BIAS ? per_channel(p.delta_bias, c) : 0.f;
+        const float bias = HAS_BIAS ? per_channel(p.delta_bias, o, c) : 0.f;
         float step[OWN_T], x[OWN_T], dy[OWN_T];
 #pragma unroll
         for (int t = 0; t < OWN_T; t++) {  // u, dout and z are zero where nothing exists
@@ -231,16 +231,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       }
     };
     auto finish_tile = [&](int stage, int tile) {
+      const Own o = own();
       if (!o.any) return;
       const int t0 = w.begin + tile * TILE;
-      const Extent n = extent(t0);
+      const Extent n = extent(o, t0);
       Raw ru, rd, ro, rz;
       read(ru, stage, 0), read(rd, stage, 1), read(ro, stage, 2);
       if (HAS_Z) read(rz, stage, TENSORS - 1);
       float du[OWN_C][OWN_T], ddelta[OWN_C][OWN_T], dz[OWN_C][OWN_T];
 #pragma unroll
       for (int c = 0; c < OWN_C; c++) {
-        const float bias = HAS_BIAS ? per_channel(p.delta_bias, c) : 0.f, skip = HAS_D ? per_channel(p.D, c) : 0.f;
+        const float bias = HAS_BIAS ? per_channel(p.delta_bias, o, c) : 0.f, skip = HAS_D ? per_channel(p.D, o, c) : 0.f;
         float gb[OWN_T], ga[OWN_T], y[OWN_T];
         tile_read(gb, dt_tile, o.channel + c, o.step);
         tile_read(ga, x_tile, o.channel + c, o.step);
@@ -263,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
       }
       Raw r;
-      const i64 at = (batch + here()) * p.grad_batch + own_d * p.grad_dim + (w.first + o.step + t0) * p.grad_step;
+      const i64 at = (batch + here()) * p.grad_batch + own_channel(ch, o) * p.grad_dim + (w.first + o.step + t0) * p.grad_step;
       put(r, du), store(r, (scalar*)p.du + at, p.grad_step, n);
       put(r, ddelta), store(r, (scalar*)p.ddelta + at, p.grad_step, n);
       if (HAS_Z) put(r, dz), store(r, (scalar*)p.dz + at, p.grad_step, n);
@@ -282,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       if constexpr (!CONST_C) next_C.store(bc_tile + (buffer * 2 + 1) * BC_FLOATS);
     };
     // B or C of one state over four steps
-    auto four = [&](float (&v)[4], const float* tile, float constant, bool is_constant, int k, int t) {
+    auto four = [&](float (&v)[4], const float* tile, float constant, bool is_constant, int s, int k, int t) {
       if (is_constant) {
         v[0] = v[1] = v[2] = v[3] = constant;
       } else {
@@ -308,7 +309,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll 1
       for (int r = 0; r < top; r++) {
         const int t0 = w.begin + (base + r) * TILE;
-        const Extent n = extent(t0);
+        const Own o = own();
+        const Extent n = extent(o, t0);
         Raw ru, rd;
         load(ru, OWN_AT(u, t0), p.u_step, n);
         load(rd, OWN_AT(delta, t0), p.delta_step, n);
@@ -316,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
         for (int c = 0; c < OWN_C; c++) {
           if (!o.any) continue;
-          const float bias = HAS_BIAS ? per_channel(p.delta_bias, c) : 0.f;
+          const float bias = HAS_BIAS ? per_channel(p.delta_bias, o, c) : 0.f;
           float step[OWN_T], x[OWN_T];
 #pragma unroll
           for (int t = 0; t < OWN_T; t++) {
@@ -347,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
             for (int k = 0; k < PER; k++) {
               float b[4];
-              four(b, bc_tile + buffer * 2 * BC_FLOATS, b_const[k], CONST_B, k, t4);
+              four(b, bc_tile + buffer * 2 * BC_FLOATS, b_const[k], CONST_B, s, k, t4);
 #pragma unroll
               for (int t = 0; t < 4; t++) h[k] = fmaf(decay_of(dt[t], rate[at + k]), h[k], x[t] * b[t]);
             }
@@ -382,7 +384,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       if (EARLY && tile > 0) fetch_bc(tile - 1);
       __syncthreads();
 
-      // ---- sweep
+      // ---- sweep; what follows from the thread's index is computed anew in each tile, see here()
+      const int thread = tid + here(), lane = thread & 31, warp = thread >> 5, s = lane % LANES;
       const int groups = (ch.count - warp * PER_WARP + WARPS * PER_WARP - 1) / (WARPS * PER_WARP);  // that exist
       float acc_B[VALUES], acc_C[VALUES];
 #pragma unroll
@@ -408,7 +411,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
           for (int k = 0; k < PER; k++) {
             float b[4];
-            four(b, b_tile, b_const[k], CONST_B, k, t4);
+            four(b, b_tile, b_const[k], CONST_B, s, k, t4);
 #pragma unroll
             for (int t = 0; t < 4; t++) {
               before[k][t4 + t] = h[k];
@@ -431,8 +434,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
             for (int k = 0; k < PER; k++) {
               float b[4], cc[4];
-              four(b, b_tile, b_const[k], CONST_B, k, t4);
-              four(cc, c_tile, c_const[k], CONST_C, k, t4);
+              four(b, b_tile, b_const[k], CONST_B, s, k, t4);
+              four(cc, c_tile, c_const[k], CONST_C, s, k, t4);
 #pragma unroll
               for (int t = 3; t >= 0; t--) {
                 const int i = k * TILE + t4 + t;
@@ -533,6 +536,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     }
     if (HAS_D || HAS_BIAS) {
       constexpr int SHARERS = TILE / OWN_T;  // threads that share a channel
+      const Own o = own();
       float* const sums = dt_tile;
 #pragma unroll
       for (int c = 0; c < OWN_C; c++) {

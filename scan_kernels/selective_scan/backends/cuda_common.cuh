@@ -209,15 +209,16 @@ struct Own {
   bool any;
 };
 DEVICE Own own() {
+  const int thread = (int)threadIdx.x + here();
   Own o;
 #if DIM_LAYOUT
   constexpr int ACROSS = CHANNELS / OWN_C;
-  o.channel = ((int)threadIdx.x % ACROSS) * OWN_C;
-  o.step = ((int)threadIdx.x / ACROSS) * OWN_T;
+  o.channel = (thread % ACROSS) * OWN_C;
+  o.step = (thread / ACROSS) * OWN_T;
 #else
   constexpr int ALONG = TILE / OWN_T;
-  o.channel = (int)threadIdx.x / ALONG;
-  o.step = ((int)threadIdx.x % ALONG) * OWN_T;
+  o.channel = thread / ALONG;
+  o.step = (thread % ALONG) * OWN_T;
 #endif
   o.any = ALL_OWN || (o.channel < CHANNELS && o.step < TILE);
   return o;
@@ -233,6 +234,7 @@ struct Raw {  // a thread's elements as they lie in memory: along time, or pairs
 #endif
   }
 };
+DEVICE int own_channel(Channels ch, Own o) { return ch.first + (o.channel < ch.count ? o.channel : 0); }
 // How many of the thread's channels and steps exist.
 struct Extent {
   int c, t;
@@ -369,7 +371,7 @@ DEVICE void tile_read(float (&v)[OWN_T], const float* tile, int channel, int ste
 
 // Where a thread's elements of a tile, or a row's B or C of a tile, start: computed at each use, see here().
 #define OWN_AT(T, t0) \
-  ((const scalar*)p.T + (batch + here()) * p.T##_batch + own_d * p.T##_dim + (w.first + o.step + (t0)) * p.T##_step)
+  ((const scalar*)p.T + (batch + here()) * p.T##_batch + own_channel(ch, o) * p.T##_dim + (w.first + o.step + (t0)) * p.T##_step)
 #define ROW_AT(T, t0) \
   ((const scalar*)p.T + (batch + here()) * p.T##_batch + ch.group * p.T##_group + (w.first + (t0)) * p.T##_step)
 

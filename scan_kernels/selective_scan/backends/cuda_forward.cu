@@ -57,13 +57,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 
   // this thread's elements
   const Own o = own();
-  const i64 own_d = ch.first + (o.channel < ch.count ? o.channel : 0);
   float bias[OWN_C], skip[OWN_C];
 #pragma unroll
   for (int c = 0; c < OWN_C; c++) {
     bool there = o.channel + c < ch.count;
-    bias[c] = HAS_BIAS && there ? p.delta_bias[own_d + c] : 0.f;
-    skip[c] = HAS_D && MODE == 0 && there ? p.D[own_d + c] : 0.f;
+    bias[c] = HAS_BIAS && there ? p.delta_bias[own_channel(ch, o) + c] : 0.f;
+    skip[c] = HAS_D && MODE == 0 && there ? p.D[own_channel(ch, o) + c] : 0.f;
   }
   auto extent = [&](int t0) { return extent_of(o, ch.count, w.end - t0); };
 
