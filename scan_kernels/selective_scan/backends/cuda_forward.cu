@@ -56,15 +56,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   }
 
   // this thread's elements
-  const Own o = own();
   float bias[OWN_C], skip[OWN_C];
 #pragma unroll
   for (int c = 0; c < OWN_C; c++) {
+    const Own o = own();
     bool there = o.channel + c < ch.count;
     bias[c] = HAS_BIAS && there ? p.delta_bias[own_channel(ch, o) + c] : 0.f;
     skip[c] = HAS_D && MODE == 0 && there ? p.D[own_channel(ch, o) + c] : 0.f;
   }
-  auto extent = [&](int t0) { return extent_of(o, ch.count, w.end - t0); };
 
   // MODE 2 multiplies by dy = dout silu(z) where the scan multiplies by Δu: u then stands for dout. The scan itself
   // needs z only after the main loop, which hides its latency: no need to fetch it a tile ahead.
@@ -72,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   Projection<B_AXIS, B_ALIGNED> next_B;
   Projection<C_AXIS, C_ALIGNED> next_C;
   auto fetch = [&](int t0) {
-    Extent n = extent(t0);
+    const Own o = own();
+    const Extent n = extent_of(o, ch.count, w.end - t0);
     load(next_u, OWN_AT(u, t0), p.u_step, n);
     load(next_delta, OWN_AT(delta, t0), p.delta_step, n);
     if (HAS_Z && MODE == 2) load(next_z, OWN_AT(z, t0), p.z_step, n);
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   const int tiles = (w.end - w.begin + TILE - 1) / TILE;
   auto tile_start = [&](int i) { return w.begin + (MODE == 2 ? tiles - 1 - i : i) * TILE; };
   int buffer = 0;
-  i64 next_state = w.begin;  // the step whose entering state is kept next
+  int next_state = w.begin;  // the step whose entering state is kept next
   float* kept = MODE == 0 && p.checkpoint ? p.states + ((w.states + w.begin / p.checkpoint) * p.dim + d) * STATE + s * PER : 0;
   if (tiles > 0) {
     fetch(tile_start(0));
@@ -94,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 #pragma unroll 1
   for (int i = 0; i < tiles; i++, buffer ^= 1) {
     const int t0 = tile_start(i);
-    const Extent n = extent(t0);
+    const Own o = own();
+    const Extent n = extent_of(o, ch.count, w.end - t0);
     const Raw now_u = next_u;
     Raw now_z = next_z;
     // stage: Δ and Δu (or dy) of this thread's elements; what does not exist was loaded as zero
@@ -146,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
           }
         }
         kept += p.dim * STATE;
-        next_state += p.checkpoint;
+        next_state += (int)p.checkpoint;
       }
 #pragma unroll UNROLL
       for (int m = 0; m < 16; m += G) {
