@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +200,21 @@ def test_compiled_variants_have_names_of_their_own():
     assert len({f.py_func.__qualname__ for f in compiled}) == len(compiled)
 
 
+def test_cached_code_of_another_text_is_never_found(tmp_path):
+    """Numba looks at the date of a cached function's own file only, not at the files of what it calls."""
+    from scan_kernels.selective_scan.backends import cpu_kernels, cpu_simd
+
+    for name in ("cpu_kernels.py", "cpu_simd.py"):
+        source = Path(cpu_simd.__file__).with_name(name)
+        (tmp_path / name).write_bytes(source.read_bytes())
+    assert cpu_simd.text_hash(tmp_path) == cpu_simd.SOURCES
+    with (tmp_path / "cpu_simd.py").open("a") as f:
+        f.write("#")
+    assert cpu_simd.text_hash(tmp_path) != cpu_simd.SOURCES
+    for kernel in (cpu_kernels.forward, cpu_kernels.backward, cpu_kernels.add_up):
+        assert cpu_simd.SOURCES in Path(kernel._cache._cache_file._index_path).name
+
+
 def test_import_stays_light():
     code = (
         "import sys, scan_kernels; from scan_kernels.selective_scan.backends import cpu; print('numba' in sys.modules)"
@@ -214,7 +230,7 @@ def test_math_without_avx512():
         import numpy as np
         from numba import njit
         from scan_kernels.selective_scan.backends import cpu_simd
-        from scan_kernels.selective_scan.backends.cpu_simd import exp, exp2, load, softplus, store
+        from scan_kernels.selective_scan.backends.cpu_simd import decay, exp, load, softplus, splat, store
 
         assert not cpu_simd.AVX512
 
@@ -222,7 +238,7 @@ def test_math_without_avx512():
         def run(n, x, y):
             for i in range(0, 64 * n, 64):
                 v = load(x + i)
-                store(y + i, exp2(v))
+                store(y + i, decay(v, splat(1.0)))
                 store(y + 64 * n + i, exp(v))
                 store(y + 128 * n + i, softplus(v))
 

@@ -11,19 +11,16 @@ What a kernel is told stands in one record (``CALL``): addresses, strides in byt
 
 from __future__ import annotations
 
-import zlib
-from pathlib import Path
-
 import numpy as np
 from numba import njit, prange
 
-from . import cpu_simd
 from .cpu_simd import (
     FLOAT32,
     LANES,
     ROW,
     broadcast,
-    exp2,
+    decay,
+    entry,
     fma,
     gather,
     inlined,
@@ -134,16 +131,13 @@ def _pack(c, address, stride_n, stride_t, steps, scratch, zeros):
 
 @_njit
 def _step_sizes(c, steps, bias, delta, u, du):
-    """delta -> Δ log2(e), in place, and Δ u. The decay is then 2^(delta A).
-
-    Here the change of base rounds anew at every step; in A it would round once and for all, and slow decays add it up.
-    """
+    """delta -> Δ, in place, and Δ u."""
     for i in range(0, steps * ROW, ROW):
         x = load(delta + i) + bias
         if c.softplus:
             x = softplus(x)
         store(du + i, load(u + i) * x)
-        store(delta + i, quiet(fma(x, splat(LOG2E), x * splat(LOG2E_REST))))
+        store(delta + i, quiet(x))
 
 
 def _sweep(constant_B, constant_C):
@@ -161,10 +155,10 @@ def _sweep(constant_B, constant_C):
             else:
                 b = B + i
                 b0, b1, b2, b3 = broadcast(b), broadcast(b + 4), broadcast(b + 8), broadcast(b + 12)
-            h0 = fma(exp2(d * a0), h0, x * b0)
-            h1 = fma(exp2(d * a1), h1, x * b1)
-            h2 = fma(exp2(d * a2), h2, x * b2)
-            h3 = fma(exp2(d * a3), h3, x * b3)
+            h0 = fma(decay(d, a0), h0, x * b0)
+            h1 = fma(decay(d, a1), h1, x * b1)
+            h2 = fma(decay(d, a2), h2, x * b2)
+            h3 = fma(decay(d, a3), h3, x * b3)
             if constant_C:
                 c0, c1, c2, c3 = load(C), load(C + ROW), load(C + 2 * ROW), load(C + 3 * ROW)
             else:
@@ -258,8 +252,9 @@ def _prepare(c, w, part):
         first, lanes = _block(w, k)
         _by_channel(c.A, c.state, first, lanes, w.A + k * w.padded, w.zeros)
         for n in range(0, c.state * ROW, ROW):
-            at = w.A + k * w.padded + n
-            store(at, quiet(load(at)))
+            at = k * w.padded + n
+            a = quiet(load(w.A + at))
+            store(w.A + at, fma(a, splat(LOG2E), a * splat(LOG2E_REST)))
         if c.constant_B:
             _by_channel(c.B, c.state, first, lanes, w.fixed_B + k * w.padded, w.zeros)
         if c.constant_C:
@@ -365,8 +360,8 @@ def _sweep_back(constant_B, constant_C):
     """Four states of one channel block through a tile, forwards to get decays and states, then backwards.
 
     h: the state that enters the tile. g: exp(Δ A) G of the step after the tile on entry, of its first step on return.
-    y gets C·h, GB gets G·B, AG gets Σ A exp(Δ A) h G. dA (in units of 1/ln 2), dB, dC are added to: dA per channel, dB
-    and dC per channel if constant, else 4 rows for every step, whose lanes are summed later.
+    y gets C·h, GB gets G·B, AG gets Σ A exp(Δ A) h G / ln 2. dA, dB, dC are added to: dA per channel, dB and dC per
+    channel if constant, else 4 rows for every step, whose lanes are summed later.
     """
 
     @variant(constant_B, constant_C)
@@ -388,7 +383,7 @@ def _sweep_back(constant_B, constant_C):
             else:
                 c = C + i
                 c0, c1, c2, c3 = broadcast(c), broadcast(c + 4), broadcast(c + 8), broadcast(c + 12)
-            e0, e1, e2, e3 = exp2(d * a0), exp2(d * a1), exp2(d * a2), exp2(d * a3)
+            e0, e1, e2, e3 = decay(d, a0), decay(d, a1), decay(d, a2), decay(d, a3)
             at = decays + QUAD * i
             store(at, e0)
             store(at + ROW, e1)
@@ -477,7 +472,7 @@ def _sum_lanes(rows, steps, count, address, stride, scratch):
 
 @_njit
 def _tiles(w, k):
-    """Block k's tiles: u, Δu, Δ, dΔ/d(delta), dy, d(out)/dz for y = 1, y, ΣG·B, ΣA exp(Δ A) h G."""
+    """Block k's tiles: u, Δu, Δ, dΔ/d(delta), dy, d(out)/dz for y = 1, y, ΣG·B, ΣA exp(Δ A) h G / ln 2."""
     u, n = w.tiles + k * TILES * w.tile, w.tile
     return u, u + n, u + 2 * n, u + 3 * n, u + 4 * n, u + 5 * n, u + 6 * n, u + 7 * n, u + 8 * n
 
@@ -563,13 +558,13 @@ def _gradients_out(c, w, k, batch, t, steps):
     dD, dbias = splat(0.0), splat(0.0)  # of this tile alone: one running sum over all steps would round far more
     for i in range(0, steps * ROW, ROW):
         x, v, s = load(u + i), load(dy + i), load(GB + i)
-        ddelta = fma(x, s, load(AG + i))
+        ddelta = fma(x, s, load(AG + i) * splat(LN2))
         if c.softplus:
             ddelta = ddelta * load(slope + i)
         dbias = dbias + ddelta
         dD = fma(v, x, dD)
         store(AG + i, ddelta)
-        through_h = load(delta + i) * splat(LN2) * s
+        through_h = load(delta + i) * s
         store(GB + i, fma(skip, v, through_h) if c.D else through_h)
         if c.z:
             store(gate + i, load(gate + i) * load(y + i))
@@ -647,8 +642,6 @@ def _backward_task(call, offsets, task):
         if c.dinitial_state:
             _states_out(c, w, c.dinitial_state + row * row_bytes, w.h)
 
-    for i in range(0, w.blocks * w.padded, ROW):
-        store(w.dA + i, load(w.dA + i) * splat(LN2))
     _states_out(c, w, c.dA + chunk * row_bytes, w.dA)
     if c.constant_B:
         _states_out(c, w, c.dB + chunk * row_bytes, w.fixed_dB)
@@ -663,28 +656,19 @@ def _backward_task(call, offsets, task):
     _keep(buffer, work)
 
 
-def _entries(source):
-    """The two compiled entry points.
-
-    Numba's disk cache looks at an entry point's own file and closure only, so what both files say is closed over.
-    """
-
-    @njit(parallel=True, cache=True, error_model="numpy")
-    def forward(tasks, call, offsets):
-        _ = source
-        for task in prange(tasks):
-            _forward_task(call, offsets, task)
-
-    @njit(parallel=True, cache=True, error_model="numpy")
-    def backward(tasks, call, offsets):
-        _ = source
-        for task in prange(tasks):
-            _backward_task(call, offsets, task)
-
-    return forward, backward
+@entry
+def forward(tasks, call, offsets):
+    for task in prange(tasks):
+        _forward_task(call, offsets, task)
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@entry
+def backward(tasks, call, offsets):
+    for task in prange(tasks):
+        _backward_task(call, offsets, task)
+
+
+@entry
 def add_up(parts, whole):
     """whole[b, g] = the sum of parts[g, :, b], in order.
 
@@ -701,6 +685,3 @@ def add_up(parts, whole):
         for p in range(1, count):
             for i in range(first, last):
                 whole[b, g, i] += parts[g, p, b, i]
-
-
-forward, backward = _entries(zlib.crc32(Path(__file__).read_bytes() + Path(cpu_simd.__file__).read_bytes()))

@@ -11,6 +11,8 @@ A tile in scratch memory is a row of 16 floats (64 bytes) for every step; lanes 
 from __future__ import annotations
 
 import operator
+import zlib
+from pathlib import Path
 
 from llvmlite import ir
 from numba import njit, types
@@ -32,6 +34,15 @@ FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CP
 AVX512 = "+avx512dq" in FEATURES.split(",")
 
 
+def text_hash(folder: Path) -> str:
+    """Short hash of all that the kernels in this folder are made of."""
+    text = b"".join(path.read_bytes() for path in sorted(folder.glob("cpu_*.py")))
+    return f"{zlib.crc32(text):08x}"
+
+
+SOURCES = text_hash(Path(__file__).parent)
+
+
 def variant(*suffixes):
     """Compile a function that a factory makes several of, under a name of its own.
 
@@ -44,6 +55,16 @@ def variant(*suffixes):
         return njit(function, error_model="numpy")
 
     return compiled
+
+
+def entry(function):
+    """Compile a function that starts threads, once for all processes.
+
+    Numba's disk cache finds it by its name and the date of its own file; with a name that changes whenever any of the
+    kernels' text does, what was made from another text is never found.
+    """
+    function.__qualname__ = f"{function.__qualname__}_{SOURCES}"
+    return njit(function, parallel=True, cache=True, error_model="numpy")
 
 
 class Vector(types.Type):
@@ -140,7 +161,7 @@ def _fma(b, x, y, z):
 
 @_operation(None, vector)
 def quiet(b, x):
-    """x with every NaN made the plain one: ``exp2`` adds to its bits and could carry another out of being a NaN."""
+    """x with every NaN made the plain one: ``decay`` adds to its bits and could carry another out of being a NaN."""
     return b.select(b.fcmp_unordered("uno", x, x), _constant(float("nan")), x)
 
 
@@ -179,18 +200,24 @@ def _power(b, n):
     return b.bitcast(b.shl(b.add(n, _constant(127, V_I32)), _constant(23, V_I32)), V_F32)
 
 
-@_operation(None, vector)
-def exp2(b, x):
-    """2^x to 1.2e-7 relative, without a bias; 0 below -127 at the latest, Inf from 128 on, NaN (made by ``quiet``) for NaN."""
+@_operation(None, vector, vector)
+def decay(b, d, a):
+    """2^(d a) as if the product were exact, to 1.2e-7 relative and without a bias.
+
+    0 where d a is below -150 at the latest, Inf from 128 on, NaN for NaN, if d and a are ``quiet``.
+    """
+    x = b.fmul(d, a)
     if AVX512:
-        nearest = ir.Constant(I32, 8)
-        n, fraction = _avx512(b, "rndscale", x, nearest), _avx512(b, "reduce", x, nearest)
+        n = _avx512(b, "rndscale", x, ir.Constant(I32, 8))
+        fraction = _fma(b, d, a, b.fneg(n))
+        # at most 1 in magnitude, so that 2^n alone decides where x is too large to have a fraction
+        fraction = _avx512(b, "range", fraction, _constant(1.0), ir.Constant(I32, 2))
         return _avx512(b, "scalef", _polynomial(b, fraction, EXP2), n)
-    x = _at_most(b, _at_least(b, x, -127.0), 128.0)
     rounded = b.fadd(x, _constant(ROUND))
-    p = _polynomial(b, b.fsub(x, b.fsub(rounded, _constant(ROUND))), EXP2)
+    p = _polynomial(b, _fma(b, d, a, b.fsub(_constant(ROUND), rounded)), EXP2)
     bits = b.add(b.bitcast(p, V_I32), b.shl(b.bitcast(rounded, V_I32), _constant(23, V_I32)))
-    return b.bitcast(bits, V_F32)
+    power = b.select(b.fcmp_ordered("<", x, _constant(-126.0)), _constant(0.0), b.bitcast(bits, V_F32))
+    return b.select(b.fcmp_ordered(">=", x, _constant(128.0)), _constant(float("inf")), power)
 
 
 @_operation(None, vector)
