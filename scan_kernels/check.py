@@ -103,25 +103,31 @@ def compare(
 
 
 def run_case(
-    op: Op, case: Any, device: torch.device | str, backend: str, config: Any = None, seed: int | None = None
+    op: Op, case: Any, device: torch.device | str, backends: list[str], config: Any = None, seed: int | None = None
 ) -> list[Row]:
-    """Run one case on one backend and judge every output and gradient. A backend that cannot run gives no rows."""
+    """Run one case, with the same tensors, on each backend, and judge every output and gradient.
+
+    A backend that cannot run the case gives no rows; config is for a single backend.
+    """
     device = torch.device(device)
-    cases = op.cases
-    for direction in ("forward", "backward"):
-        problem = case.problem(direction, device.type, training=True)
-        if op.reasons(problem).get(backend, "no such backend") is not None:
-            return []
+    problems = [case.problem(direction, device.type, training=True) for direction in ("forward", "backward")]
+    able = [b for b in backends if not any(op.reasons(p).get(b, "no such backend") for p in problems)]
+    if not able:
+        return []
     tensors = case.make(device, seed)
     exact, plain = judged(op, tensors)
-    try:
-        with poisoned():
-            got = cases.candidate(tensors, backend, config)
-    except BackendUnavailable:
-        return []
-    except Exception as e:
-        return [Row(op.name, backend, case.name, "", np.inf, 0.0, np.inf, False, f"{type(e).__name__}: {e}")]
-    return [_row(op, backend, case, name, exact, plain, got) for name in exact]
+    rows: list[Row] = []
+    for backend in able:
+        try:
+            with poisoned():
+                got = op.cases.candidate(tensors, backend, config)
+        except BackendUnavailable:
+            continue
+        except Exception as e:
+            rows.append(Row(op.name, backend, case.name, "", np.inf, 0.0, np.inf, False, f"{type(e).__name__}: {e}"))
+        else:
+            rows += [_row(op, backend, case, name, exact, plain, got) for name in exact]
+    return rows
 
 
 def judged(op: Op, tensors: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -145,10 +151,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def count(name: str, backends: list[str] | None, tags: tuple[str, ...]) -> int:
-    """How many (backend, case) pairs ``run`` goes through for one op."""
-    op = find_op(name)
-    return len([c for c in op.cases.CASES if set(c.tags) & set(tags)]) * len(backends or op.backends)
+def count(name: str, tags: tuple[str, ...]) -> int:
+    """How many cases ``run`` goes through for one op."""
+    return len([c for c in find_op(name).cases.CASES if set(c.tags) & set(tags)])
 
 
 def run(
@@ -160,16 +165,19 @@ def run(
     for name in ops:
         op = find_op(name)
         cases = [c for c in op.cases.CASES if set(c.tags) & set(tags)]
+        able = []
         for backend in backends or list(op.backends):
-            problems = {c.name: c.problem("forward", device.type) for c in cases}
-            reasons = {name: op.reasons(p).get(backend, "no such backend") for name, p in problems.items()}
-            if all(reasons.values()):
-                skipped.setdefault(name, {})[backend] = next(iter(reasons.values())) or ""
-                continue
-            for case in cases:
-                rows += run_case(op, case, device, backend)
-                if progress is not None:
-                    progress(f"{name} {backend} {case.name}")
+            reasons = [op.reasons(c.problem("forward", device.type)).get(backend, "no such backend") for c in cases]
+            if all(reasons):
+                skipped.setdefault(name, {})[backend] = reasons[0] or ""
+            else:
+                able.append(backend)
+        found = []
+        for case in cases:
+            found += run_case(op, case, device, able)
+            if progress is not None:
+                progress(f"{name} {case.name}")
+        rows += sorted(found, key=lambda row: able.index(row.backend))
     return rows, skipped
 
 

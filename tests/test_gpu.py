@@ -34,7 +34,7 @@ def accept(case: cases.Case, tensors: dict, got: dict) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [c for c in cases.CASES if {"ci", "gpu"} & set(c.tags)], ids=lambda c: c.name)
 def test_case(case, backend):
-    rows = check.run_case(OP, case, "cuda", backend)
+    rows = check.run_case(OP, case, "cuda", [backend])
     assert rows, f"{backend} did not run"
     failures = [r for r in rows if not r.ok]
     assert not failures, failures

@@ -82,7 +82,7 @@ def _passes(op: Any, case: Any, device: Any, name: str, out: Any) -> bool:
     """Whether a backend is right on small cases of the same kind: no speed is shown on a red gate."""
     from .. import check
 
-    rows = [row for small in case.gates() for row in check.run_case(op, small, device.torch, name)]
+    rows = [row for small in case.gates() for row in check.run_case(op, small, device.torch, [name])]
     wrong = [row for row in rows if not row.ok]
     for row in wrong:
         why = row.reason or f"error {row.error:.1e}, allowed {row.allowance:.1e}"

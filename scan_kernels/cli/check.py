@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     tags = ("ci", "gpu") if device.kind == "cuda" else ("ci",)
     out = console()
     with Progress(console=out, transient=True) as bar:
-        task = bar.add_task("check", total=sum(check.count(name, args.backend, tags) for name in names))
+        task = bar.add_task("check", total=sum(check.count(name, tags) for name in names))
         rows, skipped = check.run(
             names, args.backend, device.torch, tags, lambda text: bar.update(task, advance=1, description=text)
         )
