@@ -142,6 +142,22 @@ def test_bitwise_repeatable_on_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
+def test_calls_from_several_threads():
+    """In a process of its own: the failure would be an abort."""
+    code = textwrap.dedent("""
+        from concurrent.futures import ThreadPoolExecutor
+        import torch
+        from scan_kernels import selective_scan
+
+        u, A, B = torch.randn(2, 70, 90), -torch.rand(70, 4), torch.randn(2, 4, 90)
+        want = selective_scan(u, u.abs(), A, B, B, backend="cpu")
+        with ThreadPoolExecutor(4) as pool:
+            for got in pool.map(lambda _: selective_scan(u, u.abs(), A, B, B, backend="cpu"), range(200)):
+                assert torch.equal(got, want)
+    """)
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_input_reaches_only_what_depends_on_it(bad):
     arguments, flags = make(2, 20, 60, 5)

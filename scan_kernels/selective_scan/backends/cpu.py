@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from ..problem import Cotangents, Gradients, Inputs, Outputs, Problem
 RANK = 0
 LANES = 16
 MOST_TASKS = 128  # tasks that rows are cut into where channels alone give fewer: a fixed number, whatever the threads
+_LOCK = threading.Lock()
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
@@ -85,16 +88,25 @@ def _call(problem: Problem, inputs: Inputs, config: Config):
     return call, offsets.numpy()
 
 
-def _launch(kernel, *arguments) -> None:
-    """Run on as many threads as torch would use."""
+def _launch(kernel, tasks: int, *arguments) -> None:
+    """Run on as many threads as torch would use, and no more than there are tasks.
+
+    Unless the user chose otherwise (NUMBA_THREADING_LAYER) or other code came first, Numba's own thread pool is used:
+    OpenMP's waits by spinning, and on a busy machine takes the cores from whom it waits for. That pool aborts the
+    process if two threads enter it at once, hence the lock.
+    """
     import numba
 
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    try:
-        kernel(*arguments)
-    finally:
-        numba.set_num_threads(before)
+    config: Any = numba.config
+    with _LOCK:
+        if config.THREADING_LAYER == "default":
+            config.THREADING_LAYER = "workqueue"
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS, tasks))
+        try:
+            kernel(*arguments)
+        finally:
+            numba.set_num_threads(before)
 
 
 def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) -> None:
@@ -105,7 +117,8 @@ def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) 
     _fill(c, "out", outputs.out, "bdt")
     _fill(c, "last_state", outputs.last_state)
     _fill(c, "states", outputs.states)
-    _launch(cpu_kernels.forward, int(c["parts"] * c["chunks"]), call, offsets)
+    tasks = int(c["parts"] * c["chunks"])
+    _launch(cpu_kernels.forward, tasks, tasks, call, offsets)
 
 
 def backward(
@@ -136,7 +149,7 @@ def backward(
             outer = (1, chunks, 1) if constant else (p.groups, parts // p.groups, p.batch)
             partial[name] = torch.empty(*outer, whole.numel() // (outer[0] * outer[2]))
             _fill(c, name, partial[name])
-    _launch(cpu_kernels.backward, parts * chunks, call, offsets)
+    _launch(cpu_kernels.backward, parts * chunks, parts * chunks, call, offsets)
     for name, sums in partial.items():
         whole = getattr(gradients, name).view(sums.shape[2], sums.shape[0], -1)
-        _launch(cpu_kernels.add_up, sums.numpy(), whole.numpy())
+        _launch(cpu_kernels.add_up, -(-whole.numel() // cpu_kernels.SPAN), sums.numpy(), whole.numpy())
