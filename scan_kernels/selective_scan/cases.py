@@ -289,6 +289,7 @@ def _ci() -> list[Case]:
         Case("dim-contiguous", layout="dim", dim=24),
         Case("dim-contiguous-bf16", layout="dim", dim=72, dtype="bfloat16"),
         Case("dim-1", dim=1),
+        Case("state-1-dim", state=1, layout="dim", length=53),
         Case("dim-130", dim=130, length=50, dtype="bfloat16"),
         Case("groups", groups=3, length=50),
         Case("groups-dim", groups=4, layout="dim", dtype="bfloat16"),

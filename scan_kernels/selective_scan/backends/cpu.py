@@ -91,16 +91,13 @@ def _call(problem: Problem, inputs: Inputs, config: Config):
 def _launch(kernel, tasks: int, *arguments) -> None:
     """Run on as many threads as torch would use, and no more than there are tasks.
 
-    Unless the user chose otherwise (NUMBA_THREADING_LAYER) or other code came first, Numba's own thread pool is used:
-    OpenMP's waits by spinning, and on a busy machine takes the cores from whom it waits for. That pool aborts the
-    process if two threads enter it at once, hence the lock.
+    Where Numba has only its own thread pool (the layer "workqueue"), two threads that enter it at once abort the
+    process, hence the lock.
     """
     import numba
 
     config: Any = numba.config
     with _LOCK:
-        if config.THREADING_LAYER == "default":
-            config.THREADING_LAYER = "workqueue"
         before = numba.get_num_threads()
         numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS, tasks))
         try:

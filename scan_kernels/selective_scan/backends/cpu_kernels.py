@@ -164,7 +164,7 @@ def _sweep(constant_B, constant_C):
             else:
                 c = C + i
                 c0, c1, c2, c3 = broadcast(c), broadcast(c + 4), broadcast(c + 8), broadcast(c + 12)
-            store(y + i, fma(h3, c3, fma(h2, c2, fma(h1, c1, fma(h0, c0, load(y + i))))))
+            store(y + i, load(y + i) + fma(h3, c3, fma(h2, c2, fma(h1, c1, h0 * c0))))
         store(h, h0)
         store(h + ROW, h1)
         store(h + 2 * ROW, h2)
@@ -398,7 +398,7 @@ def _sweep_back(constant_B, constant_C):
             h1 = fma(e1, h1, x * b1)
             h2 = fma(e2, h2, x * b2)
             h3 = fma(e3, h3, x * b3)
-            store(y + i, fma(h3, c3, fma(h2, c2, fma(h1, c1, fma(h0, c0, load(y + i))))))
+            store(y + i, load(y + i) + fma(h3, c3, fma(h2, c2, fma(h1, c1, h0 * c0))))
 
         g0, g1, g2, g3 = load(g), load(g + ROW), load(g + 2 * ROW), load(g + 3 * ROW)
         s0, s1, s2, s3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
@@ -430,7 +430,7 @@ def _sweep_back(constant_B, constant_C):
             store(at + ROW, fma(x, g1, load(at + ROW)))
             store(at + 2 * ROW, fma(x, g2, load(at + 2 * ROW)))
             store(at + 3 * ROW, fma(x, g3, load(at + 3 * ROW)))
-            store(GB + i, fma(g3, b3, fma(g2, b2, fma(g1, b1, fma(g0, b0, load(GB + i))))))
+            store(GB + i, load(GB + i) + fma(g3, b3, fma(g2, b2, fma(g1, b1, g0 * b0))))
             at = decays + QUAD * i
             g0, g1 = g0 * load(at), g1 * load(at + ROW)
             g2, g3 = g2 * load(at + 2 * ROW), g3 * load(at + 3 * ROW)
@@ -438,7 +438,7 @@ def _sweep_back(constant_B, constant_C):
             h0, h1, h2, h3 = load(at), load(at + ROW), load(at + 2 * ROW), load(at + 3 * ROW)
             e0, e1, e2, e3 = g0 * h0, g1 * h1, g2 * h2, g3 * h3
             s0, s1, s2, s3 = fma(d, e0, s0), fma(d, e1, s1), fma(d, e2, s2), fma(d, e3, s3)
-            store(AG + i, fma(a3, e3, fma(a2, e2, fma(a1, e1, fma(a0, e0, load(AG + i))))))
+            store(AG + i, load(AG + i) + fma(a3, e3, fma(a2, e2, fma(a1, e1, a0 * e0))))
         store(g, g0)
         store(g + ROW, g1)
         store(g + 2 * ROW, g2)

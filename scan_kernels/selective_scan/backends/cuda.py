@@ -153,8 +153,8 @@ def _forward(
 ) -> Config:
     """A forward configuration with as many blocks a multiprocessor as its registers allow without spilling."""
     per = _ceil(problem.state, lanes)
-    # ptxas needs some 20 registers more for sm_120 than for the others
-    if per > 8 or lanes == 1 or (per > 4 and arch.startswith("sm_12")):
+    # from sm_100 on, ptxas needs up to 20 registers more than for the others
+    if per > 8 or lanes == 1 or (per > 4 and arch.startswith(("sm_10", "sm_12"))):
         blocks = 2
     elif per > 4 or problem.state & (problem.state - 1):
         blocks = 3 if problem.dtype != "float32" else 2
@@ -200,6 +200,8 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     tile = min(16, 32 // _power_of_two(per))
     if lanes == 1 and problem.dtype == "float32" and problem.layout == "dim":
         tile = 8  # a thread's 16 elements of every tensor, each an access of its own, would not fit in its registers
+    if per == 4 and problem.state % lanes:
+        tile = 4  # nor would what it takes to leave out the states that are only padding
     per_group = problem.dim // problem.groups
     found = []
     for warps, groups in ((4, 4), (4, 8), (4, 2), (8, 4), (8, 2), (4, 1), (2, 4), (2, 2), (2, 1), (1, 1)):
@@ -208,7 +210,7 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
             continue  # half of the block's channels would not exist
         base = Config(lanes, warps, tile, groups, blocks=2 if warps == 4 else 4 if warps < 4 else 1)
         blocks = problem.groups * _ceil(per_group, base.channels)
-        fits = max(1, min(base.blocks, 227 * 1024 // max(1, shared_bytes(problem, base) + 1024)))
+        fits = max(1, min(base.blocks, device.shared_memory // (shared_bytes(problem, base) + 1024)))
         resident = device.units * fits
         for splits, chain in _backward_splits(problem, blocks, resident):
             found.append(dataclasses.replace(base, splits=splits, chain=chain))
