@@ -70,7 +70,7 @@ class _Chunks:
         else:
             # offsets on a GPU are not validated: bring any into order, so that nothing is written out of bounds
             starts = cu_seqlens[:-1].long().clamp(0, length).cummax(0).values
-            starts[0] = 0
+            starts[:1].zero_()
             self.first = starts // chunk + index
             self.count = length // chunk + rows
             lengths = torch.cat([starts[1:], starts.new_full((1,), length)]) - starts

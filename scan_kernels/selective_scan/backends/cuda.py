@@ -204,7 +204,10 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
         tile = 4  # nor would what it takes to leave out the states that are only padding
     per_group = problem.dim // problem.groups
     found = []
-    for warps, groups in ((4, 4), (4, 8), (4, 2), (8, 4), (8, 2), (4, 1), (2, 4), (2, 2), (2, 1), (1, 1)):
+    shapes = [(4, 4), (4, 8), (4, 2), (8, 4), (8, 2), (4, 1), (2, 4), (2, 2), (2, 1)]
+    if problem.state > 64:
+        shapes.append((1, 1))  # the least shared memory, for many states on a device that has little
+    for warps, groups in shapes:
         groups = min(groups, lanes)
         if groups > 1 and warps * 32 // lanes * groups // 2 >= per_group:
             continue  # half of the block's channels would not exist

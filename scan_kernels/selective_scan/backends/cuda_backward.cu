@@ -398,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         const int channel = (c * WARPS + warp) * PER_WARP + lane / LANES, at = channel * STATES + s * PER;
         float A[PER], h[PER], g[PER], dA[PER], b_const[PER], c_const[PER], dB_const[PER], dC_const[PER];
 #pragma unroll
-        for (int k = 0; k < PER; k++) A[k] = rate[at + k], h[k] = entering[at + k], g[k] = carry[at + k], dA[k] = sum_A[at + k];
+        for (int k = 0; k < PER; k++) A[k] = rate[at + k], h[k] = entering[at + k], g[k] = carry[at + k], dA[k] = 0.f;
         constant_of(p.B, CONST_B, channel, b_const);
         constant_of(p.C, CONST_C, channel, c_const);
 #pragma unroll
@@ -471,7 +471,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
         for (int k = 0; k < PER; k++) {
           carry[at + k] = g[k];
-          sum_A[at + k] = dA[k];
+          sum_A[at + k] += dA[k];  // a tile at a time: long sums lose less
           if (CONST_B) sum_B[at + k] = dB_const[k];
           if (CONST_C) sum_C[at + k] = dC_const[k];
         }

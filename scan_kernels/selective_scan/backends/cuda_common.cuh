@@ -98,9 +98,10 @@ DEVICE float to_log2(float dt) { return fmaf(dt, 1.4375f, dt * 0.005195040888963
 DEVICE float decay_of(float dt, float A) {
   const float x = dt * A, fast = ex2(x);
 #if DTYPE == 0
-  float p = fmaf(x, 9.61812911e-3f, 5.55041087e-2f);
-  p = fmaf(x, p, 2.40226507e-1f), p = fmaf(x, p, LN2), p = fmaf(x, p, 1.f);
-  return fabsf(x) < 0.125f ? p : fast;
+  float p = fmaf(x, 1.54035304e-4f, 1.33335581e-3f);
+  p = fmaf(x, p, 9.61812911e-3f), p = fmaf(x, p, 5.55041087e-2f), p = fmaf(x, p, 2.40226507e-1f);
+  p = fmaf(x, p, LN2), p = fmaf(x, p, 1.f);
+  return fabsf(x) < 0.375f ? p : fast;
 #else
   return fast;
 #endif

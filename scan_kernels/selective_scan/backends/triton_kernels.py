@@ -72,10 +72,12 @@ def decay(size, rate, EXACT: tl.constexpr):
     x = to_log2(size)[:, None, :] * rate[None, :, :]
     fast = tl.exp2(x)
     if EXACT:
-        p = 9.61812911e-3 * x + 5.55041087e-2
+        p = 1.54035304e-4 * x + 1.33335581e-3
+        p = p * x + 9.61812911e-3
+        p = p * x + 5.55041087e-2
         p = p * x + 2.40226507e-1
         p = p * x + 6.93147181e-1
-        fast = tl.where(tl.abs(x) < 0.125, p * x + 1.0, fast)
+        fast = tl.where(tl.abs(x) < 0.375, p * x + 1.0, fast)
     return fast
 
 
