@@ -6,6 +6,10 @@ channel) row of out, a channel's row of dA). A row where plain is right to the l
 typical relative error, and a floor stands below everything: 1e-6 of the norm for float32 data; 5e-6 for 16-bit data,
 whose float32 by-products (last_state, dA, ...) come from inputs that are themselves rounded to 4e-3 or 5e-4. Outputs
 and scratch memory start as NaN. Where the reference is not finite, nothing is asked; where it is, the result must be.
+
+Inputs are fresh random numbers, so a sum of many terms now and then cancels to almost nothing, and its relative error
+is then a matter of luck for plain and candidate alike. A near miss, below NEAR times an allowance, is therefore drawn
+again, up to DRAWS times in all; what is wrong by more, or wrong in every draw, fails. The row says if it was.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from .op import BackendUnavailable, Op
 from .profiling.device import describe
 
 FACTOR = 2.0
+NEAR, DRAWS = 3.0, 3
 FLOORS = {"float32": 1e-6, "bfloat16": 5e-6, "float16": 5e-6}
 OPS = ("selective_scan",)
 
@@ -114,19 +119,50 @@ def run_case(
     able = [b for b in backends if not any(op.reasons(p).get(b, "no such backend") for p in problems)]
     if not able:
         return []
+    done: list[Row] = []
+    note = ""
+    for draw in range(1, (DRAWS if seed is None else 1) + 1):
+        rows = _draw(op, case, device, able, config, seed, note)
+        again = [
+            b for b in able if any(not r.ok for r in rows if r.backend == b)
+            and all(r.ok or max(r.worst_row, r.error / r.allowance) < NEAR for r in rows if r.backend == b)
+        ]  # fmt: skip
+        if draw == DRAWS or not again:
+            break
+        done += [r for r in rows if r.backend not in again]
+        rows, able, note = [r for r in rows if r.backend in again], again, f"draw {draw + 1}, after a near miss"
+    return sorted(done + rows, key=lambda row: backends.index(row.backend))
+
+
+def _draw(op: Op, case: Any, device: torch.device, backends: list[str], config: Any, seed: int | None, note: str):
+    """Rows of every backend for one draw of the case's tensors."""
     tensors = case.make(device, seed)
     exact, plain = judged(op, tensors)
     rows: list[Row] = []
-    for backend in able:
+    for backend in backends:
         try:
             with poisoned():
                 got = op.cases.candidate(tensors, backend, config)
         except BackendUnavailable:
             continue
         except Exception as e:
-            rows.append(Row(op.name, backend, case.name, "", np.inf, 0.0, np.inf, False, f"{type(e).__name__}: {e}"))
+            rows.append(
+                Row(
+                    op.name,
+                    backend,
+                    case.name,
+                    "",
+                    np.inf,
+                    FLOORS[case.dtype],
+                    np.inf,
+                    False,
+                    f"{type(e).__name__}: {e}",
+                )
+            )
         else:
-            rows += [_row(op, backend, case, name, exact, plain, got) for name in exact]
+            rows += [
+                dataclasses.replace(_row(op, backend, case, name, exact, plain, got), reason=note) for name in exact
+            ]
     return rows
 
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     for key, group in cases.items():
         worst = max(group, key=lambda r: (not r.ok, r.worst_row))
         failed += not worst.ok
-        verdict = Text("pass", "green") if worst.ok else Text(f"FAIL {worst.reason}", "red")
+        verdict = Text(f"pass {worst.reason}", "green") if worst.ok else Text(f"FAIL {worst.reason}", "red")
         figures = (f"{worst.error:.1e}", f"{worst.allowance:.1e}", f"{worst.worst_row:.2f}")
         shown.add_row(*key, worst.tensor, *figures, verdict)
     out.print(shown)
