@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         if p["missing"]:
             out.print(f"{p['name']}: {p['missing']}", markup=False)
     if not record["cases"]:
-        out.print("nothing was timed, and nothing written but check.json")
+        out.print("nothing was timed, and nothing written" + " but check.json" * bool(record["gate"]))
         return 1 if record["complete"] else 130
     pages.save(record, folder)
     page = pages.render(record, folder)
