@@ -1,19 +1,20 @@
 // Selective scan, forward in time and, for the adjoint, backward in time, without ever storing the state.
 //
 // One kernel, three uses (MODE): 0 the scan itself; 1 only the state that leaves a span that is entered with zero
-// (span_end) and the span's sum of Δ log2(e) (span_time), so that `combine` can find every span's entering state when a row's
-// time is split over blocks; 2 the same for the adjoint recurrence g <- exp(ΔA)(g + C dy), running backwards.
+// (span_end) and the span's sum of Δ log2(e) (span_time), so that `combine` can find every span's entering state when
+// a row's time is split over blocks; 2 the same for the adjoint recurrence g <- exp(ΔA)(g + C dy), running backwards.
 //
 // A block owns CHANNELS channels over one span of a row and walks it in tiles of TILE steps:
-//   device memory --registers--> softplus, Δu --> shared tiles dt = Δ log2(e), x = Δu [channel][step]   (each thread its own elements)
-//   device memory --registers--> B, C --> shared tiles [state][step]                    (two buffers, shared by all)
+//   device memory --registers--> softplus --> shared tiles dt = Δ log2(e), x = Δu [channel][step]  (each thread its own)
+//   device memory --registers--> B, C --> shared tiles [state][step]                          (two buffers, for all)
 //   main loop: h <- exp(ΔA) h + x B and y = Σ C h, PER states a lane; y is summed over the LANES lanes of a channel by
 //   shuffles that leave each lane with its own steps, and takes the place of dt in the tile
 //   shared y --> + D u, * silu(z) --> device memory, by the thread that loaded u and z
 // The next tile's loads are in flight during the main loop. One block barrier a tile (two in the dim layout).
 //
-// Costs per (state, step) of a lane: 2 FMUL, 1 MUFU, 2 FFMA, 2/4 shared loads of 16 bytes (B, C); per step and lane:
-// 2/4 shared loads (dt, x), and (LANES-1)/LANES * (1 SHFL, 1 FADD, 2 SEL).
+// Costs per (state, step) of a lane: 2 FMUL, 1 MUFU, 2 FFMA and half a shared load of 16 bytes (B, C); float32 data
+// take 8 more for their decays. Per step and lane: half a shared load of 16 bytes (dt, x), and for the sum over the
+// states (LANES-1)/LANES * (1 SHFL, 1 FADD, 2 SEL). In all 7.1 instructions a (state, step) at LANES = 4, PER = 4.
 
 constexpr int G = LANES < 4 ? 4 : LANES > 16 ? 16 : LANES;  // steps whose y are reduced together
 constexpr int UNROLL = PER * G <= 16 ? 2 : 1;  // of the loop over such steps
@@ -151,51 +152,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       }
 #pragma unroll UNROLL
       for (int m = 0; m < 16; m += G) {
-      const int g0 = start + (MODE == 2 ? 16 - G - m : m);
-      float y[G];
+        const int g0 = start + (MODE == 2 ? 16 - G - m : m);
+        float y[G];
 #pragma unroll
-      for (int q = 0; q < G; q += 4) {
-        const int g4 = g0 + (MODE == 2 ? G - 4 - q : q);
-        const float4 dt4 = *(const float4*)(dt_tile + tile_at(channel, g4));
-        const float4 x4 = *(const float4*)(x_tile + tile_at(channel, g4));
-        const float dt[4] = {dt4.x, dt4.y, dt4.z, dt4.w}, x[4] = {x4.x, x4.y, x4.z, x4.w};
-        float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        if (MODE != 0) time += (dt[0] + dt[1]) + (dt[2] + dt[3]);
+        for (int q = 0; q < G; q += 4) {
+          const int g4 = g0 + (MODE == 2 ? G - 4 - q : q);
+          const float4 dt4 = *(const float4*)(dt_tile + tile_at(channel, g4));
+          const float4 x4 = *(const float4*)(x_tile + tile_at(channel, g4));
+          const float dt[4] = {dt4.x, dt4.y, dt4.z, dt4.w}, x[4] = {x4.x, x4.y, x4.z, x4.w};
+          float sum[4] = {0.f, 0.f, 0.f, 0.f};
+          if (MODE != 0) time += (dt[0] + dt[1]) + (dt[2] + dt[3]);
 #pragma unroll
-        for (int k = 0; k < PER; k++) {
-          float b[4], c[4];
+          for (int k = 0; k < PER; k++) {
+            float b[4], c[4];
 #pragma unroll
-          for (int t = 0; t < 4; t++) b[t] = b_const[k], c[t] = c_const[k];
-          if constexpr (USE_B && !CONST_B) {
-            const float4 v = *(const float4*)(b_tile + (k * LANES + s) * PITCH + g4);
-            b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
-          }
-          if constexpr (USE_C && !CONST_C) {
-            const float4 v = *(const float4*)(c_tile + (k * LANES + s) * PITCH + g4);
-            c[0] = v.x, c[1] = v.y, c[2] = v.z, c[3] = v.w;
-          }
-          if constexpr (MODE == 2) {
+            for (int t = 0; t < 4; t++) b[t] = b_const[k], c[t] = c_const[k];
+            if constexpr (USE_B && !CONST_B) {
+              const float4 v = *(const float4*)(b_tile + (k * LANES + s) * PITCH + g4);
+              b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
+            }
+            if constexpr (USE_C && !CONST_C) {
+              const float4 v = *(const float4*)(c_tile + (k * LANES + s) * PITCH + g4);
+              c[0] = v.x, c[1] = v.y, c[2] = v.z, c[3] = v.w;
+            }
+            if constexpr (MODE == 2) {
 #pragma unroll
-            for (int t = 3; t >= 0; t--) h[k] = decay_of(dt[t], A[k]) * fmaf(x[t], c[t], h[k]);
-          } else {
+              for (int t = 3; t >= 0; t--) h[k] = decay_of(dt[t], A[k]) * fmaf(x[t], c[t], h[k]);
+            } else {
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
-              h[k] = fmaf(decay_of(dt[t], A[k]), h[k], x[t] * b[t]);
-              if (MODE == 0) sum[t] = fmaf(c[t], h[k], sum[t]);
+              for (int t = 0; t < 4; t++) {
+                h[k] = fmaf(decay_of(dt[t], A[k]), h[k], x[t] * b[t]);
+                if (MODE == 0) sum[t] = fmaf(c[t], h[k], sum[t]);
+              }
             }
           }
+#pragma unroll
+          for (int t = 0; t < 4; t++) y[q + t] = sum[t];
         }
+        if constexpr (MODE == 0) {
+          reduce_steps(y, lane);
+          __syncwarp();
+          constexpr int MINE = LANES < G ? G / LANES : 1;
+          const int first = g0 + first_step<G>(s);
 #pragma unroll
-        for (int t = 0; t < 4; t++) y[q + t] = sum[t];
-      }
-      if constexpr (MODE == 0) {
-        reduce_steps(y, lane);
-        __syncwarp();
-        constexpr int MINE = LANES < G ? G / LANES : 1;
-        const int first = g0 + first_step<G>(s);
-#pragma unroll
-        for (int t = 0; t < MINE; t++) dt_tile[tile_at(channel, first + t)] = y[t];
-      }
+          for (int t = 0; t < MINE; t++) dt_tile[tile_at(channel, first + t)] = y[t];
+        }
       }
     }
 
