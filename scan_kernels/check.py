@@ -223,7 +223,7 @@ def write_record(rows: list[Row], skipped: dict, ops: list[str], where: torch.de
     target = folder / device.slug / "check.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "device": dataclasses.asdict(device) | {"memory_bytes": device.memory_bytes},
+        "device": dataclasses.asdict(device),
         "versions": versions(),
         "sources": {name: find_op(name).sources for name in ops},
         "skipped": skipped,

@@ -456,15 +456,12 @@ def backward(
         values["last_state"] = cotangents.dlast_state.data_ptr()
     if g.dinitial_state is not None:
         values["dinitial_state"] = g.dinitial_state.data_ptr()
-    keep = []  # scratch that must outlive the launches
     if splits > 1:
         scratch = u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
-        keep.append(scratch)
         values["span_end"] = scratch.data_ptr()
         values["span_time"] = scratch.data_ptr() + 4 * slots * problem.dim * problem.state
         if not first:
             tickets = u.new_zeros(1 + slots * blocks, dtype=torch.int32)
-            keep.append(tickets)
             values["tickets"] = tickets.data_ptr()
         else:
             d = cotangents.dout

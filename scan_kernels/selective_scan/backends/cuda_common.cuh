@@ -36,7 +36,6 @@ static_assert(OWN_T <= TILE && (OWN_T < 4 ? OWN_T != 3 : OWN_T % 4 == 0) && 32 %
 #if DTYPE == 0
 typedef float scalar;
 DEVICE float to_float(scalar v) { return v; }
-DEVICE scalar from_float(float v) { return v; }
 DEVICE float low(u32 w) { return __uint_as_float(w); }
 DEVICE float high(u32 w) { return __uint_as_float(w); }
 DEVICE u32 pack(float a, float) { return __float_as_uint(a); }
@@ -50,7 +49,6 @@ DEVICE u32 pack(float a, float b) {
   return r;
 }
 DEVICE float to_float(scalar v) { return low(v); }
-DEVICE scalar from_float(float v) { return (scalar)pack(v, 0.f); }
 #else
 typedef u16 scalar;
 DEVICE float to_float(scalar v) {
@@ -65,7 +63,6 @@ DEVICE u32 pack(float a, float b) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
   return r;
 }
-DEVICE scalar from_float(float v) { return (scalar)pack(v, 0.f); }
 #endif
 
 // ---- math: the special-function unit (MUFU) plus what keeps its results accurate ------------------------------------
