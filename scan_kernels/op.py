@@ -9,6 +9,16 @@ A backend is a module ``backends/<name>.py`` (a name without an underscore; ``<n
     forward(problem, inputs, outputs, config)
     backward(problem, inputs, states, cotangents, gradients, config)
 
+and, where deciding what to launch costs more than launching it, also
+
+    prepare_forward(problem, inputs, outputs, config) -> run(inputs, outputs)
+    prepare_backward(problem, inputs, states, cotangents, gradients, config)
+        -> run(inputs, states, cotangents, gradients)
+
+``run`` does what forward or backward does, for any tensors that have the ``signature`` of those it was prepared with,
+on any stream, from any thread, with their device current. It is kept for as long as nobody calls ``Op.forget``, so it
+must not hold on to a tensor.
+
 A module that fails to import (its library is not installed) is a backend that cannot run, with that reason.
 """
 
@@ -20,15 +30,21 @@ import functools
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from .autotune import store
 from .profiling.device import Device, describe
+
+ALIGNMENT = 16  # bytes of the widest access of any kernel: what a tensor's address is known by in a signature
+PLAIN = (Tensor, torch.nn.Parameter)
+MOST_REMEMBERED = 4096  # calls, choices or stored entries; with a new length in every call some are forgotten
 
 
 class BackendUnavailable(RuntimeError):
@@ -45,13 +61,26 @@ class Choice:
     module: ModuleType = dataclasses.field(repr=False, compare=False)
 
 
+class Memo(dict[Hashable, Any]):
+    """A bounded memo: what would be one too many drops all the others, which are then made anew."""
+
+    def put(self, key: Hashable, value: Any) -> Any:
+        """Remember a value, and return it."""
+        if len(self) >= MOST_REMEMBERED:
+            self.clear()
+        self[key] = value
+        return value
+
+
 class Op:
     """One op: ``Op("selective_scan", package="scan_kernels.selective_scan")``."""
 
     def __init__(self, name: str, package: str):
         self.name = name
         self.package = package
-        self._resolved: dict[tuple, Choice] = {}
+        self.calls = Memo()  # prepared calls by signature and flags
+        self._resolved = Memo()
+        self._stored = Memo()
         self._untuned_reported: set[tuple[str, str]] = set()
 
     @property
@@ -110,14 +139,26 @@ class Op:
 
         Errors: BackendUnavailable if nothing, or not the backend asked for, can run the problem.
         """
-        memo = (problem, device, backend, config)
-        if (choice := self._resolved.get(memo)) is None:
-            choice = self._resolved[memo] = self._resolve(problem, describe(device), backend, config)
-        return choice
+        key = (problem, device, backend, config)
+        return self._resolved.get(key) or self._resolved.put(
+            key, self._resolve(problem, describe(device), backend, config)
+        )
+
+    def prepare(self, direction: str, problem, device: torch.device, choice: str, *tensors: Any) -> Callable[..., None]:
+        """Resolve, and prepare the chosen backend's call; choice: of ``encode_choice``. Call with tensors like these.
+
+        Errors: those of ``resolve`` and ``decode_choice``.
+        """
+        chosen = self.resolve(problem, device, *decode_choice(self, choice, direction))
+        if (prepare := getattr(chosen.module, f"prepare_{direction}", None)) is not None:
+            return prepare(problem, *tensors, chosen.config)
+        run = getattr(chosen.module, direction)
+        return lambda *tensors: run(problem, *tensors, chosen.config)
 
     def forget(self) -> None:
-        """Drop memoised choices, so that newly tuned ones are seen."""
-        self._resolved.clear()
+        """Drop memoised choices and the calls prepared with them, so that newly tuned ones are seen."""
+        for memo in (self.calls, self._resolved, self._stored):
+            memo.clear()
 
     def _resolve(self, problem, device: Device, backend: str, config: Any) -> Choice:
         if config is not None:
@@ -129,7 +170,7 @@ class Op:
         if backend != "auto":
             self.backend(backend, problem)
         reasons = self.reasons(problem)
-        for entry in store.lookup(self.key(problem, device)):
+        for entry in self._entries(problem, device):
             if backend not in ("auto", entry.backend) or reasons.get(entry.backend, "unknown") is not None:
                 continue
             module = self.backend(entry.backend, problem)
@@ -141,6 +182,12 @@ class Op:
                 self._report_untuned(problem, device)
                 return Choice(name, module.configs(problem, device)[0], "heuristic", module)
         raise BackendUnavailable(self._explain("no backend can run this problem", problem))
+
+    def _entries(self, problem, device: Device) -> tuple[store.Entry, ...]:
+        """What is stored for the problem's bucket: it holds many problems, and the look-up reads files."""
+        key = (device, *problem.bucket().items())
+        found = self._stored.get(key)
+        return self._stored.put(key, tuple(store.lookup(self.key(problem, device)))) if found is None else found
 
     def _report_untuned(self, problem, device: Device) -> None:
         """Say once per GPU that a heuristic is in use, and what would fix it. Never tune implicitly."""
@@ -156,6 +203,44 @@ class Op:
     def _explain(self, headline: str, problem) -> str:
         lines = [f"  {name}: {reason or 'can run it'}" for name, reason in self.reasons(problem).items()]
         return "\n".join([f"{self.name}: {headline}. Backends:", *lines])
+
+
+def is_eager() -> bool:
+    """Whether torch just runs what it is told: nothing traces, compiles, records or transforms it.
+
+    Only then may an op's implementation be called without its registration, which is what those work through.
+    """
+    # every one of these is a look at a counter or a flag; the first must come first, as torch.compile traces no further
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def signature(tensors: Iterable[Tensor | None]) -> tuple | None:
+    """Everything but the values that a call may depend on: shapes, strides, dtypes, devices, alignments.
+
+    None if there is a tensor that is not plain memory: a subclass, a sparse one, a lazily negated one and the like.
+    """
+    found: list[tuple | None] = []
+    try:
+        for t in tensors:
+            if t is None:
+                found.append(None)
+                continue
+            if type(t) not in PLAIN or t.is_neg():
+                return None
+            address = t.data_ptr()
+            if not address and t.numel():
+                return None
+            found.append((t.shape, t.stride(), t.dtype, t.device, address % ALIGNMENT))
+    except RuntimeError:
+        return None  # without strides or an address
+    return tuple(found)
 
 
 def config_from_dict(config_type: type, values: dict[str, Any]) -> Any:

@@ -20,8 +20,9 @@ RULES = {
     "autotune": ("autotune", "profiling"),  # never an op: callables are handed to it
     "cuda_module": (),
     "op": ("autotune.store", "profiling.device"),
-    "OP": ("op", "OP.problem"),
+    "OP": ("op", "OP.problem", "OP.plan"),
     "OP.problem": (),
+    "OP.plan": ("op", "OP.problem"),
     "OP.cases": ("OP", "reference"),
     "OP.backends": ("OP.backends", "OP.problem", "cuda_module", "profiling.device"),  # configs() is handed a Device
     "mamba": ("mamba", "OP:OP"),

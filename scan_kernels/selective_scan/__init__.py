@@ -13,18 +13,30 @@ Glossary (the names are the Mamba paper's and mamba-ssm's):
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..op import BackendUnavailable, Choice, Op, decode_choice, encode_choice
-from .problem import MAX_STATE, Cotangents, Gradients, Inputs, Outputs, Problem, default_checkpoint
+from ..op import BackendUnavailable, Choice, Op, encode_choice, is_eager, signature
+from .plan import (
+    DTYPES,
+    Backward,
+    Flags,
+    Forward,
+    Tensors,
+    allocate,
+    as_problem,
+    gradient_rooms,
+    normal_form,
+    output_rooms,
+)  # fmt: skip
+from .problem import MAX_STATE, Inputs, Problem, default_checkpoint
 
 OP = Op("selective_scan", package=__name__)
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_EAGER = ("cuda", "cpu")  # where a plain tensor is memory that a kernel can be pointed at
 
 
 def selective_scan(
@@ -84,24 +96,13 @@ def selective_scan(
     ``BackendUnavailable`` if the backend asked for cannot run, listing each backend with its reason. Second
     derivatives are not implemented: a RuntimeError where they are asked for.
     """
-    if isinstance(u, Tensor) and _autocast(u.device.type):
-        low = torch.get_autocast_dtype(u.device.type)
-        u, delta, z = (_cast(t, low) for t in (u, delta, z))
-        B, C = (t if isinstance(t, Tensor) and t.ndim == 2 else _cast(t, low) for t in (B, C))
-    _validate(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    A, D, delta_bias, initial_state = (_cast(t, torch.float32) for t in (A, D, delta_bias, initial_state))
-    B, C = (t.float() if t.ndim == 2 else t.unsqueeze(1) if t.ndim == 3 else t for t in (B, C))
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    forward, backward = _configs(backend, config)
-    checkpoint = (getattr(forward, "checkpoint", 0) or default_checkpoint(A.shape[1])) if keep else 0
-    choice = "" if backend == "auto" and config is None else encode_choice(backend, forward, backward)
-    out, last_state, _ = _scan(
-        *tensors, cu_seqlens, bool(delta_softplus), bool(return_last_state), checkpoint, bool(deterministic), choice
-    )
-    return (out, last_state) if return_last_state else out
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    softplus, last = bool(delta_softplus), bool(return_last_state)
+    if u is not None and is_eager() and (seen := signature(tensors)) is not None:
+        return _run(seen, tensors, softplus, last, backend, config, deterministic)
+    converted, flags = _convert(tensors, softplus, last, backend, config, deterministic)
+    out, last_state, _ = _scan(*converted, *flags)
+    return (out, last_state) if last else out
 
 
 def fastest(problem: Problem | dict[str, Any], device: torch.device | str | None = None) -> Choice:
@@ -119,9 +120,9 @@ def fastest(problem: Problem | dict[str, Any], device: torch.device | str | None
         if flags:
             _fail(TypeError, "problem", "arguments of selective_scan that decide what runs", sorted(flags))
         _validate(*tensors)
-        inputs = _normal_form(*tensors)
+        inputs = normal_form(tensors)
         device = device or inputs.u.device
-        problem = _problem("forward", inputs, bool(softplus), bool(last), 0, False)
+        problem = as_problem("forward", inputs, bool(softplus), bool(last), 0, False)
     if not isinstance(problem, Problem):
         _fail(TypeError, "problem", "a Problem or the arguments of selective_scan by name", type(problem).__name__)
     device = torch.device(device or problem.device)
@@ -137,9 +138,12 @@ def _cast(t, dtype):
     return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
-def _autocast(device: str) -> bool:
+def _autocast(u: Tensor) -> torch.dtype | None:
+    """What autocast makes of u's kind of tensor; None where it is off."""
+    device = u.device.type
     # a device without autocast (meta) must not be asked, and is_autocast_available is not traceable before torch 2.12
-    return device in ("cuda", "cpu", "xpu", "mps") and torch.is_autocast_enabled(device)
+    enabled = device in ("cuda", "cpu", "xpu", "mps") and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 def _fail(kind: type, name: str, expected: str, got: Any):
@@ -216,101 +220,146 @@ def _validate(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) ->
         if batch != 1:
             _fail(ValueError, "u", "batch 1 with cu_seqlens", batch)
         rows = cu_seqlens.shape[0] - 1
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            offsets = cu_seqlens.tolist()
-            if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
-                _fail(ValueError, "cu_seqlens", f"non-decreasing offsets from 0 to length={length}", offsets)
+        if not torch.compiler.is_compiling():
+            _check_offsets(cu_seqlens, length)
     if initial_state is not None and initial_state.shape != (rows, dim, state):
         _fail(ValueError, "initial_state", f"shape (rows={rows}, dim={dim}, state={state})", tuple(initial_state.shape))
+
+
+def _check_offsets(cu_seqlens: Tensor, length: int) -> None:
+    """The only look at values, and only where it waits for nothing."""
+    if cu_seqlens.device.type == "cpu":
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
+            _fail(ValueError, "cu_seqlens", f"non-decreasing offsets from 0 to length={length}", offsets)
+
+
+def _convert(
+    tensors: Tensors, softplus: bool, last_state: bool, backend: Any, config: Any, deterministic: bool | None
+) -> tuple[list[Any], Flags]:
+    """Checked arguments in the dtypes that the op takes, and its flags. Autograd sees the conversions."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = tensors
+    if isinstance(u, Tensor) and (low := _autocast(u)) is not None:
+        u, delta, z = (_cast(t, low) for t in (u, delta, z))
+        B, C = (t if isinstance(t, Tensor) and t.ndim == 2 else _cast(t, low) for t in (B, C))
+    _validate(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    A, D, delta_bias, initial_state = (_cast(t, torch.float32) for t in (A, D, delta_bias, initial_state))
+    B, C = (_cast(t, torch.float32) if t.ndim == 2 else t for t in (B, C))
+    forward, _ = _configs(backend, config)
+    checkpoint = 0
+    if _keeps(tensors):
+        checkpoint = getattr(forward, "checkpoint", 0) or default_checkpoint(A.shape[1])
+    converted = [u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens]
+    return converted, Flags(softplus, last_state, checkpoint, _repeats(deterministic), _choice(backend, config))
+
+
+def _keeps(tensors: Tensors) -> bool:
+    """Whether there may be a backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _repeats(deterministic: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
+
+
+def _choice(backend: Any, config: Any) -> str:
+    return "" if config is None and backend == "auto" else encode_choice(backend, *_configs(backend, config))
+
+
+# ---- the eager call -------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """What an eager call comes down to: which arguments to convert, and what to run on them."""
+
+    casts: tuple[tuple[int, torch.dtype], ...]
+    forward: Forward
+
+
+def _run(
+    seen: tuple, tensors: Tensors, softplus: bool, last_state: bool, backend: Any, config: Any,
+    deterministic: bool | None,
+) -> Any:  # fmt: skip
+    """Run without the dispatcher, which costs more than a small scan; seen: the signature of the tensors.
+
+    All that depends on the arguments' metadata is looked at in the first of equal calls only.
+    """
+    u: Any = tensors[0]
+    keeps, repeats, chosen = _keeps(tensors), _repeats(deterministic), _choice(backend, config)
+    key = (seen, softplus, last_state, chosen, repeats, keeps, _autocast(u))
+    call = OP.calls.get(key)
+    if call is None:
+        converted, flags = _convert(tensors, softplus, last_state, backend, config, deterministic)
+        pairs = enumerate(zip(tensors, converted, strict=True))
+        casts = tuple((k, t.dtype) for k, (given, t) in pairs if t is not None and t is not given)
+        tensors, call = converted, OP.calls.put(key, _Call(casts, Forward(OP, converted, flags)))
+    else:
+        if (cu_seqlens := tensors[9]) is not None:
+            _check_offsets(cu_seqlens, u.shape[2])
+        if call.casts:
+            tensors = list(tensors)
+            for k, dtype in call.casts:
+                tensors[k] = _cast(tensors[k], dtype)
+    if keeps:
+        return SelectiveScan.apply(call.forward, *tensors)
+    out, last, _ = call.forward(tensors)
+    return (out, last) if last_state else out
+
+
+class SelectiveScan(torch.autograd.Function):
+    """The eager call where gradients are needed; its name is what a result's ``grad_fn`` shows."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Forward, *tensors: Tensor | None) -> Any:
+        out, last_state, states = plan(tensors)
+        ctx.save_for_backward(states, *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.flags = plan.flags
+        return out if last_state is None else (out, last_state)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlast_state: Tensor | None = None) -> Any:
+        return (None, *_backward(ctx, dout, dlast_state))
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlast_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of ``Inputs``, whichever way the forward went."""
+    flags: Flags = ctx.flags
+    if not flags.checkpoint:
+        raise RuntimeError(
+            "scan_kernels::selective_scan was called with checkpoint=0, which keeps nothing for a backward"
+        )
+    states, *tensors = ctx.saved_tensors
+    if dlast_state is not None and dlast_state.numel() == 0:
+        dlast_state = None
+    if flags.last_state != (dlast_state is not None):
+        flags = flags._replace(last_state=dlast_state is not None)
+    # hooks may have put other tensors in the place of those saved, so they are looked at anew
+    seen = signature((dout, dlast_state, states, *tensors)) if is_eager() else None
+    if seen is None or torch.is_grad_enabled():  # the latter: a second derivative may be asked for, which must fail
+        softplus, _, checkpoint, deterministic, choice = flags
+        found = _scan_backward(dout, dlast_state, states, *tensors, softplus, checkpoint, deterministic, choice)
+        found = [None if t is None else g for g, t in zip(found, tensors[:-1], strict=True)]
+    else:
+        found = _plan(Backward, seen, tensors, flags)(dout, dlast_state, states, tensors)
+    du, ddelta, dA, dB, dC, *others = found
+    return (du, ddelta, dA, dB.to(tensors[3].dtype), dC.to(tensors[4].dtype), *others, None)
+
+
+def _plan(kind: type, seen: tuple | None, tensors: Tensors, flags: Flags) -> Any:
+    """The Forward or Backward for such tensors, remembered where they have a signature."""
+    if seen is None:
+        return kind(OP, tensors, flags)
+    key = (kind, seen, flags)
+    return OP.calls.get(key) or OP.calls.put(key, kind(OP, tensors, flags))
 
 
 # ---- the registered op ----------------------------------------------------------------------------------------------
 
 
-def _layout(u: Tensor) -> str:
-    """The axis of u that is walked with stride 1; length where both or neither qualify."""
-    return "dim" if u.stride(1) == 1 and u.stride(2) != 1 and u.shape[1] > 1 and u.shape[2] > 1 else "length"
-
-
-def _as_layout(t: Tensor | None, layout: str) -> Any:
-    """t with stride 1 along the layout's axis: itself where it lies so, else a copy."""
-    if t is None:
-        return None
-    axis = 2 if layout == "length" else 1
-    if t.stride(axis) == 1 or t.numel() == 0:
-        return t
-    return t.contiguous() if layout == "length" else t.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _normal_form(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens) -> Inputs:
-    layout = _layout(u)
-    u, delta, z = (_as_layout(t, layout) for t in (u, delta, z))
-    A, D, delta_bias, initial_state, cu_seqlens = (
-        None if t is None else t.contiguous() for t in (A, D, delta_bias, initial_state, cu_seqlens)
-    )
-    B, C = (t.unsqueeze(1) if t.ndim == 3 else t for t in (B, C))
-    B, C = (t.contiguous() if t.ndim == 2 or 1 not in t.stride()[-2:] else t for t in (B, C))
-    return Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-
-
-def _problem(direction, i: Inputs, softplus, last_state, checkpoint, deterministic) -> Problem:
-    batch, dim, length = i.u.shape
-    return Problem(
-        direction=direction,
-        batch=batch,
-        dim=dim,
-        length=length,
-        state=i.A.shape[1],
-        groups=max(t.shape[1] if t.ndim == 4 else 1 for t in (i.B, i.C)),
-        dtype=DTYPES[i.u.dtype],
-        layout=_layout(i.u),
-        device=i.u.device.type,
-        sequences=0 if i.cu_seqlens is None else i.cu_seqlens.shape[0] - 1,
-        constant_B=i.B.ndim == 2,
-        constant_C=i.C.ndim == 2,
-        has_D=i.D is not None,
-        has_z=i.z is not None,
-        has_bias=i.delta_bias is not None,
-        softplus=softplus,
-        has_initial_state=i.initial_state is not None,
-        has_last_state=last_state,
-        checkpoint=checkpoint,
-        deterministic=deterministic,
-    )
-
-
-def _rows(u: Tensor, cu_seqlens: Tensor | None):
-    return u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _empty(u: Tensor) -> Tensor:
-    """Uninitialised memory of the shape and layout of u, dense whatever the strides of u are."""
-    if _layout(u) == "length":
-        return u.new_empty(u.shape)
-    batch, dim, length = u.shape
-    return u.new_empty((batch, length, dim)).transpose(1, 2)
-
-
-def _allocate(u, A, cu_seqlens, last_state, checkpoint) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised outputs; an empty tensor for what is not asked for: a schema knows no optional outputs."""
-    rows, (dim, state) = _rows(u, cu_seqlens), A.shape
-    slots = 0
-    if checkpoint:
-        length = u.shape[2]
-        slots = length // checkpoint + rows if cu_seqlens is not None else rows * (-(-length // checkpoint))
-    f32 = {"dtype": torch.float32, "device": u.device}
-    return (
-        _empty(u),
-        torch.empty((rows, dim, state) if last_state else (0,), **f32),
-        torch.empty((slots, dim, state) if checkpoint else (0,), **f32),
-    )
-
-
-def _on(device: torch.device):
-    """Make a CUDA device current while a kernel is launched on it."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
+def _present(results: Iterable[Tensor | None], like: Tensor) -> Any:
+    """A schema knows no optional results: an empty tensor for what is not there."""
+    return tuple(like.new_empty(0) if t is None else t for t in results)
 
 
 @torch.library.custom_op("scan_kernels::selective_scan", mutates_args=())
@@ -332,37 +381,14 @@ def _scan(
     choice: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward. Returns (out, last_state or empty, states kept for the backward or empty)."""
-    inputs = _normal_form(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    out, last, states = _allocate(u, A, cu_seqlens, last_state, checkpoint)
-    if u.numel() == 0:
-        if last_state:
-            last.zero_() if initial_state is None else last.copy_(initial_state)
-        return out, last, states
-    problem = _problem("forward", inputs, softplus, last_state, checkpoint, deterministic)
-    chosen = OP.resolve(problem, u.device, *decode_choice(OP, choice, "forward"))
-    outputs = Outputs(out, last if last_state else None, states if checkpoint else None)
-    with _on(u.device):
-        chosen.module.forward(problem, inputs, outputs, chosen.config)
-    return out, last, states
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    flags = Flags(softplus, last_state, checkpoint, deterministic, choice)
+    return _present(_plan(Forward, signature(tensors), tensors, flags)(tensors), A)
 
 
 @_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, last_state, checkpoint, deterministic, choice):  # fmt: skip  # noqa: E501
-    return _allocate(u, A, cu_seqlens, last_state, checkpoint)
-
-
-def _allocate_gradients(u, A, B, C, D, z, delta_bias, initial_state) -> Gradients:
-    def f32(t):
-        return None if t is None else torch.empty(t.shape, dtype=torch.float32, device=t.device)
-
-    return Gradients(
-        _empty(u), _empty(u), f32(A), f32(B), f32(C), f32(D),
-        None if z is None else _empty(u), f32(delta_bias), f32(initial_state),
-    )  # fmt: skip
-
-
-def _present(gradients: Gradients, like: Tensor) -> Any:
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+    return _present(allocate(u, A, output_rooms(u, A, cu_seqlens, last_state, checkpoint)), A)
 
 
 @torch.library.custom_op("scan_kernels::selective_scan_backward", mutates_args=())
@@ -386,59 +412,32 @@ def _scan_backward(
     choice: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in the order of ``Gradients``; an empty tensor stands for an input that was not given."""
-    inputs = _normal_form(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    gradients = _allocate_gradients(u, A, B, C, D, z, delta_bias, initial_state)
-    if u.numel() == 0:
-        for g in gradients:
-            if g is not None:
-                g.zero_()
-        if gradients.dinitial_state is not None and dlast_state is not None:
-            gradients.dinitial_state.copy_(dlast_state)
-        return _present(gradients, u)
-    problem = _problem("backward", inputs, softplus, dlast_state is not None, checkpoint, deterministic)
-    dout = torch.zeros_like(inputs.u) if dout is None else _as_layout(dout.to(u.dtype), problem.layout)
-    dlast_state = None if dlast_state is None else dlast_state.float().contiguous()
-    chosen = OP.resolve(problem, u.device, *decode_choice(OP, choice, "backward"))
-    with _on(u.device):
-        chosen.module.backward(problem, inputs, states, Cotangents(dout, dlast_state), gradients, chosen.config)
-    return _present(gradients, u)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    flags = Flags(softplus, dlast_state is not None, checkpoint, deterministic, choice)
+    plan = _plan(Backward, signature((dout, dlast_state, states, *tensors)), tensors, flags)
+    return _present(plan(dout, dlast_state, states, tensors), A)
 
 
 @_scan_backward.register_fake
 def _(dout, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, checkpoint, deterministic, choice):  # fmt: skip  # noqa: E501
-    return _present(_allocate_gradients(u, A, B, C, D, z, delta_bias, initial_state), u)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    return _present(allocate(u, A, gradient_rooms(tensors)), A)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.softplus, _, ctx.checkpoint, ctx.deterministic, ctx.choice = inputs
+    tensors, ctx.flags = inputs[:10], Flags(*inputs[10:])
     ctx.save_for_backward(output[2], *tensors)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlast_state, _):
-    if not ctx.checkpoint:
-        raise RuntimeError(
-            "scan_kernels::selective_scan was called with checkpoint=0, which keeps nothing for a backward"
-        )
-    states, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = ctx.saved_tensors
-    if dlast_state is not None and dlast_state.numel() == 0:
-        dlast_state = None
-    grads = _scan_backward(
-        dout, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
-        ctx.softplus, ctx.checkpoint, ctx.deterministic, ctx.choice,
-    )  # fmt: skip
-    g = Gradients(*grads)
-    return (
-        g.du, g.ddelta, g.dA, g.dB.to(B.dtype), g.dC.to(C.dtype),
-        None if D is None else g.dD, None if z is None else g.dz, None if delta_bias is None else g.ddelta_bias,
-        None if initial_state is None else g.dinitial_state, None, None, None, None, None, None,
-    )  # fmt: skip
+def _registered_backward(ctx, dout, dlast_state, _):
+    return (*_backward(ctx, dout, dlast_state), *(None for _ in Flags._fields))
 
 
 def _second(ctx, *_):
     raise RuntimeError("selective_scan: second derivatives (the gradient of its gradient) are not implemented")
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
+_scan.register_autograd(_registered_backward, setup_context=_setup_context)
 _scan_backward.register_autograd(_second)

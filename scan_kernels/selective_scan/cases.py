@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..reference import selective_scan as float64_scan
 from ..reference import selective_scan_backward as float64_backward
-from . import OP, _allocate, _allocate_gradients, _normal_form, selective_scan
-from .problem import MAX_STATE, Cotangents, Inputs, Outputs, Problem, default_checkpoint
+from . import OP, selective_scan
+from .plan import allocate, gradient_rooms, normal_form, output_rooms
+from .problem import MAX_STATE, Cotangents, Gradients, Inputs, Outputs, Problem, default_checkpoint
 
 Tensors = dict[str, Any]
 Launch = Callable[[ModuleType, Any], Callable[[], None]]  # (backend, config) -> a call of its kernels, nothing else
@@ -180,17 +181,17 @@ def outcome(tensors: Tensors, problem: Problem, backend: str, config: Any) -> di
 
 def launcher(tensors: Tensors, problem: Problem) -> Launch:
     """How to call a backend's kernels on these tensors, whose problem this is, without anything around them."""
-    i = _normal_form(*(tensors[name] for name in Inputs._fields))
+    i = normal_form([tensors[name] for name in Inputs._fields])
     forward = dataclasses.replace(problem, direction="forward")
     last = problem.has_last_state
-    out, last_state, states = _allocate(i.u, i.A, i.cu_seqlens, last, problem.checkpoint)
-    outputs = Outputs(out, last_state if last else None, states if problem.checkpoint else None)
+    outputs = Outputs._make(allocate(i.u, i.A, output_rooms(i.u, i.A, i.cu_seqlens, last, problem.checkpoint)))
+    states = outputs.states
     if problem.direction == "forward":
         return lambda module, config: functools.partial(module.forward, forward, i, outputs, config)
     chosen = OP.resolve(forward, i.u.device)
     chosen.module.forward(forward, i, outputs, chosen.config)
     cotangents = Cotangents(tensors["dout"], tensors["dlast_state"] if last else None)
-    gradients = _allocate_gradients(i.u, i.A, i.B, i.C, i.D, i.z, i.delta_bias, i.initial_state)
+    gradients = Gradients._make(allocate(i.u, i.A, gradient_rooms(i)))
     return lambda module, config: functools.partial(module.backward, problem, i, states, cotangents, gradients, config)
 
 

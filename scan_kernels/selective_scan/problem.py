@@ -65,7 +65,7 @@ class Problem:
 
     def key(self) -> dict[str, object]:
         """Every field by name."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
     def bucket(self) -> dict[str, object]:
         """What a tuned choice is stored under: rows*dim and length rounded up to powers of two, all else exact."""
