@@ -7,6 +7,7 @@ text work, so that a machine without a GPU can compile the very same variants.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,30 +36,51 @@ class Kernel:
     """A compiled ``__global__`` function that takes one ``struct Params`` whose fields are all 8 bytes wide."""
 
     def __init__(self, files: tuple[Path, ...], fields: Mapping[str, str], defines: Mapping[str, int], name: str):
-        self.fields = tuple(fields)
-        self._dtype = np.dtype([(name, np.int64) for name in fields])
+        self.slots = {name: slot for slot, name in enumerate(fields)}
         self._compiled: dict[int, Any] = {}
         self._source = (files, dict(fields), dict(defines), name)
 
-    def _function(self, device: int, shared_bytes: int) -> Any:
+    def function(self, device: int, shared_bytes: int) -> Any:
+        """CuPy's function for the device, which is current; compiled once."""
         if (found := self._compiled.get(device)) is None:
             import cupy
 
             files, fields, defines, name = self._source
             module = cupy.RawModule(code=source(files, fields, defines), options=OPTIONS)
-            found = module.get_function(name)
+            raw = module.get_function(name)
             if shared_bytes > 48 * 1024:
-                found.max_dynamic_shared_size_bytes = shared_bytes
-            self._compiled[device] = found
+                raw.max_dynamic_shared_size_bytes = shared_bytes
+            # not the RawKernel, which looks up the device and this in every call
+            found = self._compiled[device] = raw.kernel
         return found
 
-    def __call__(self, blocks: int, threads: int, shared_bytes: int, values: Mapping[str, int]) -> None:
-        """Launch on the current device and torch's current stream. Fields that are not given are 0."""
+    def prepare(self, blocks: int, threads: int, shared_bytes: int, values: Mapping[str, int]) -> Launch:
+        """A launch on the current device. Fields that are not given, such as pointers, are 0."""
         device = torch.cuda.current_device()
-        function = self._function(device, shared_bytes)
-        params = np.array(tuple(values.get(name, 0) for name in self.fields), dtype=self._dtype)
-        with _stream(torch.cuda.current_stream(device).cuda_stream, device):
-            function((blocks,), (threads,), (params,), shared_mem=shared_bytes)
+        return Launch(self.function(device, shared_bytes), device, blocks, threads, shared_bytes, self.slots, values)
+
+
+class Launch:
+    """A kernel with all that it takes to launch it but pointers. Calls may come from several threads at once."""
+
+    def __init__(
+        self, function: Any, device: int, blocks: int, threads: int, shared_bytes: int, slots: Mapping[str, int],
+        values: Mapping[str, int],
+    ):  # fmt: skip
+        self._function, self._device, self._slots = function, device, slots
+        self._shape = (blocks,), (threads,)
+        self._shared_bytes = shared_bytes
+        self._params = array("q", [values.get(name, 0) for name in slots])
+        # a struct by value, as CuPy takes it. One opaque field: it would describe each field of another in every call
+        self._struct = np.dtype((np.void, 8 * len(slots)))
+
+    def __call__(self, pointers: Mapping[str, int]) -> None:
+        """Launch on torch's current stream of the device, which must be current; pointers: by their field's name."""
+        params, slots = self._params[:], self._slots
+        for name, pointer in pointers.items():
+            params[slots[name]] = pointer
+        stream = _stream(torch._C._cuda_getCurrentRawStream(self._device), self._device)
+        self._function(*self._shape, (np.frombuffer(params, self._struct),), self._shared_bytes, stream)
 
 
 class _TorchStream:

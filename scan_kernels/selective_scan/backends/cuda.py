@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,6 +250,7 @@ FLOATS = (
     "dA", "dB", "dC", "dD", "ddelta_bias", "dinitial_state",
 )  # fmt: skip
 FIELDS = dict.fromkeys(SCALARS, "void*") | dict.fromkeys(FLOATS, "float*") | dict.fromkeys(SIZES, "long long")
+SUMS = ("dA", "dD", "ddelta_bias", "dB", "dC")  # gradients that many blocks add to
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
@@ -361,7 +363,7 @@ def variants(
 def _describe(
     problem: Problem, i: Inputs, config: Config, like_u: dict[str, Tensor]
 ) -> tuple[list[Variant], dict[str, int]]:
-    """The kernels of a call and the parameters that they share."""
+    """The kernels of a call and the parameters that they share, but for the pointers: see ``_pointers``."""
     sequence = {"u": i.u, "delta": i.delta, **({"z": i.z} if i.z is not None else {}), **like_u}
     first = _entering(problem, config)
     axis, width = (1 if problem.layout == "dim" else 2), _own_width(problem, config)
@@ -371,25 +373,29 @@ def _describe(
     starts = problem.dim // problem.groups % width == 0 or problem.groups == 1 if axis == 1 else not problem.sequences
     aligned = [starts and _is_aligned(list(sequence.values()), axis, width)]
     axes = []
-    values = {"length": problem.length, "rows": problem.rows, "dim": problem.dim, "groups": problem.groups}
+    sizes = {"length": problem.length, "rows": problem.rows, "dim": problem.dim, "groups": problem.groups}
     for name, t in sequence.items():
         key = "grad" if name == "du" else name
-        values |= {f"{key}_batch": t.stride(0), f"{key}_dim": t.stride(1), f"{key}_step": t.stride(2)}
-        values[name] = t.data_ptr()
+        sizes |= {f"{key}_batch": t.stride(0), f"{key}_dim": t.stride(1), f"{key}_step": t.stride(2)}
     for name, t in (("B", i.B), ("C", i.C)):
-        values[name] = t.data_ptr()
         state_axis = t.ndim == 4 and t.stride(3) != 1 and t.stride(2) == 1
         axes.append(int(state_axis))
         starts = state_axis or not problem.sequences
         aligned.append(t.ndim == 2 or (starts and _is_aligned([t], 2 if state_axis else 3, 4)))
         if t.ndim == 4:
-            values |= {f"{name}_{a}": t.stride(k) for k, a in enumerate(("batch", "group", "state", "step"))}
-    for name in ("A", "D", "delta_bias", "initial_state", "cu_seqlens"):
-        if (t := getattr(i, name)) is not None:
-            values[name] = t.data_ptr()
-    values["wide_offsets"] = int(i.cu_seqlens is not None and i.cu_seqlens.dtype == torch.int64)
-    values["checkpoint"] = problem.checkpoint
-    return variants(problem, config, (aligned[0], aligned[1], aligned[2]), (axes[0], axes[1])), values
+            sizes |= {f"{name}_{a}": t.stride(k) for k, a in enumerate(("batch", "group", "state", "step"))}
+    sizes["wide_offsets"] = int(i.cu_seqlens is not None and i.cu_seqlens.dtype == torch.int64)
+    sizes["checkpoint"] = problem.checkpoint
+    return variants(problem, config, (aligned[0], aligned[1], aligned[2]), (axes[0], axes[1])), sizes
+
+
+def _pointers(inputs: Inputs, **others: Tensor | None) -> dict[str, int]:
+    """Where the tensors of a call begin, by parameter; the inputs' names are their parameters'."""
+    found = {name: t.data_ptr() for name, t in zip(Inputs._fields, inputs, strict=True) if t is not None}
+    for name, t in others.items():
+        if t is not None:
+            found[name] = t.data_ptr()
+    return found
 
 
 def _spans(problem: Problem, config: Config) -> tuple[int, int, int]:
@@ -416,79 +422,117 @@ def _block_count(problem: Problem, config: Config) -> int:
     return problem.groups * _ceil(problem.dim // problem.groups, config.channels)
 
 
-def _enter_spans(problem: Problem, first: Variant, values: dict[str, int], slots: int) -> None:
+def _prepare_entering(
+    problem: Problem, first: Variant, sizes: dict[str, int], slots: int
+) -> Callable[[dict[str, int]], None]:
     """Fill span_end with the state (or adjoint) that enters each span: one state-only pass and `combine`."""
     blocks = _block_count(problem, first.config)
-    first.kernel()(blocks * slots, first.config.threads, first.shared_bytes, values | {"blocks": blocks})
     threads = problem.rows * problem.dim * problem.state
-    first.kernel("combine")(_ceil(threads, 256), 256, 0, values)
+    leave = first.kernel().prepare(blocks * slots, first.config.threads, first.shared_bytes, sizes | {"blocks": blocks})
+    combine = first.kernel("combine").prepare(_ceil(threads, 256), 256, 0, sizes)
+
+    def enter(pointers: dict[str, int]) -> None:
+        leave(pointers)
+        combine(pointers)
+
+    return enter
+
+
+def _span_pointers(problem: Problem, scratch: Tensor, slots: int) -> dict[str, int]:
+    """Memory of slots*dim*(state + 1) floats for what enters each span, and how long each is."""
+    start = scratch.data_ptr()
+    return {"span_end": start, "span_time": start + 4 * slots * problem.dim * problem.state}
 
 
 def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) -> None:
     """Run the scan. See the module's kernels; ``Outputs`` says what is written."""
-    (*first, scan), values = _describe(problem, inputs, config, {"out": outputs.out})
+    prepare_forward(problem, inputs, outputs, config)(inputs, outputs)
+
+
+def prepare_forward(
+    problem: Problem, inputs: Inputs, outputs: Outputs, config: Config
+) -> Callable[[Inputs, Outputs], None]:
+    """``forward`` for all tensors of this signature: kernels, grids and all parameters but pointers are decided."""
+    (*first, scan), sizes = _describe(problem, inputs, config, {"out": outputs.out})
     splits, span, slots = _spans(problem, config)
-    values |= {"splits": splits, "span": span}
-    if outputs.states is not None:
-        values["states"] = outputs.states.data_ptr()
-    if outputs.last_state is not None:
-        values["last_state"] = outputs.last_state.data_ptr()
-    if splits > 1:
-        scratch = inputs.u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
-        values["span_end"] = scratch.data_ptr()
-        values["span_time"] = scratch.data_ptr() + 4 * slots * problem.dim * problem.state
-        _enter_spans(problem, first[0], values, slots)
     blocks = _block_count(problem, config)
-    scan.kernel()(blocks * slots, config.threads, scan.shared_bytes, values | {"blocks": blocks})
+    sizes |= {"splits": splits, "span": span, "blocks": blocks}
+    enter = _prepare_entering(problem, first[0], sizes, slots) if first else None
+    launch = scan.kernel().prepare(blocks * slots, config.threads, scan.shared_bytes, sizes)
+
+    def run(inputs: Inputs, outputs: Outputs) -> None:
+        pointers = _pointers(inputs, out=outputs.out, last_state=outputs.last_state, states=outputs.states)
+        if enter is not None:
+            scratch = inputs.u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
+            pointers |= _span_pointers(problem, scratch, slots)
+            enter(pointers)
+        launch(pointers)
+
+    return run
 
 
 def backward(
     problem: Problem, inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients, config: Config
 ) -> None:
     """Fill the gradients. Sums over rows and channels are atomic, or per block and added in order if deterministic."""
-    u, g = inputs.u, gradients
-    (*first, scan), values = _describe(problem, inputs, config, {"dout": cotangents.dout, "du": g.du})
-    values |= {"ddelta": g.ddelta.data_ptr(), "dz": g.dz.data_ptr() if g.dz is not None else 0}
+    prepare_backward(problem, inputs, states, cotangents, gradients, config)(inputs, states, cotangents, gradients)
+
+
+def prepare_backward(
+    problem: Problem, inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients, config: Config
+) -> Callable[[Inputs, Tensor, Cotangents, Gradients], None]:
+    """``backward`` for all tensors of this signature, as ``prepare_forward`` has it."""
+    (*first, scan), sizes = _describe(problem, inputs, config, {"dout": cotangents.dout, "du": gradients.du})
     splits, span, slots = _spans(problem, config)
     blocks = _block_count(problem, config)
-    values |= {"splits": splits, "span": span, "blocks": blocks, "states": states.data_ptr()}
-    if cotangents.dlast_state is not None:
-        values["last_state"] = cotangents.dlast_state.data_ptr()
-    if g.dinitial_state is not None:
-        values["dinitial_state"] = g.dinitial_state.data_ptr()
-    if splits > 1:
-        scratch = u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
-        values["span_end"] = scratch.data_ptr()
-        values["span_time"] = scratch.data_ptr() + 4 * slots * problem.dim * problem.state
-        if not first:
-            tickets = u.new_zeros(1 + slots * blocks, dtype=torch.int32)
-            values["tickets"] = tickets.data_ptr()
-        else:
-            d = cotangents.dout
-            swapped = values | {"u": d.data_ptr(), "u_batch": d.stride(0), "u_dim": d.stride(1), "u_step": d.stride(2)}
-            _enter_spans(problem, first[0], swapped, slots)
+    sizes |= {"splits": splits, "span": span, "blocks": blocks}
+    enter = None
+    if first:
+        # the adjoint pass walks dout where the forward's walks u
+        swapped = {f"u_{axis}": sizes[f"dout_{axis}"] for axis in ("batch", "dim", "step")}
+        enter = _prepare_entering(problem, first[0], sizes | swapped, slots)
 
     # where the kernel adds (or, deterministic, stores its part of) each sum
-    sums = {"dA": g.dA, "dD": g.dD, "ddelta_bias": g.ddelta_bias, "dB": g.dB, "dC": g.dC}
-    per_group = blocks // problem.groups
-    parts: dict[str, Tensor] = {}
-    for name, total in sums.items():
-        if total is None:
-            continue
-        if problem.deterministic:
-            variable = name in ("dB", "dC") and total.ndim == 4
-            # a packed slot that no sequence owns stays zero
-            make = u.new_zeros if problem.sequences else u.new_empty
-            parts[name] = make((per_group if variable else slots, *total.shape), dtype=torch.float32)
-            if variable:
-                values["bc_partial"] = total.numel()
-        else:
-            parts[name] = total.zero_()
-        values[name] = parts[name].data_ptr()
+    parts: dict[str, tuple[int, ...]] = {}
+    if problem.deterministic:
+        for name in SUMS:
+            if (total := getattr(gradients, name)) is not None:
+                variable = name in ("dB", "dC") and total.ndim == 4
+                parts[name] = (blocks // problem.groups if variable else slots, *total.shape)
+                if variable:
+                    sizes["bc_partial"] = total.numel()
     count = blocks * slots
     if scan.defines["CHAIN"]:
-        count = min(count, torch.cuda.get_device_properties(u.device).multi_processor_count * config.blocks)
-    scan.kernel()(count, config.threads, scan.shared_bytes, values)
-    if problem.deterministic:
-        for name, part in parts.items():
-            torch.sum(part, 0, out=sums[name])
+        count = min(count, torch.cuda.get_device_properties(inputs.u.device).multi_processor_count * config.blocks)
+    launch = scan.kernel().prepare(count, config.threads, scan.shared_bytes, sizes)
+
+    def run(inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients) -> None:
+        u, g = inputs.u, gradients
+        pointers = _pointers(
+            inputs, states=states, dout=cotangents.dout, last_state=cotangents.dlast_state, du=g.du, ddelta=g.ddelta,
+            dz=g.dz, dinitial_state=g.dinitial_state,
+        )  # fmt: skip
+        if splits > 1:
+            scratch = u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
+            pointers |= _span_pointers(problem, scratch, slots)
+            if enter is not None:
+                enter(pointers | {"u": pointers["dout"]})
+            else:
+                tickets = u.new_zeros(1 + slots * blocks, dtype=torch.int32)
+                pointers["tickets"] = tickets.data_ptr()
+        sums = {name: total for name in SUMS if (total := getattr(g, name)) is not None}
+        if problem.deterministic:
+            # a packed slot that no sequence owns stays zero
+            make = u.new_zeros if problem.sequences else u.new_empty
+            added = {name: make(shape, dtype=torch.float32) for name, shape in parts.items()}
+        else:
+            torch._foreach_zero_(list(sums.values()))
+            added = sums
+        for name, part in added.items():
+            pointers[name] = part.data_ptr()
+        launch(pointers)
+        if problem.deterministic:
+            for name, part in added.items():
+                torch.sum(part, 0, out=sums[name])
+
+    return run
