@@ -1,0 +1,163 @@
+"""What the CUDA backend hands to CuPy, seen by a stand-in for it: neither a GPU nor CuPy is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import types
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from scan_kernels import cuda_module
+from scan_kernels.cuda_module import Kernel
+from scan_kernels.profiling.device import Device
+from scan_kernels.selective_scan.backends import cuda
+from scan_kernels.selective_scan.cases import Case
+from scan_kernels.selective_scan.plan import allocate, gradient_rooms, normal_form, output_rooms
+from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, Outputs
+
+H100 = Device("cuda", 0, "H100", "sm_90", 132, 232448, 50 << 20, 80 << 30)
+POINTERS = {name for name, kind in cuda.FIELDS.items() if kind.endswith("*")}
+
+
+class Launched(NamedTuple):
+    kernel: Kernel
+    grid: tuple[int]
+    block: tuple[int]
+    shared_bytes: int
+    stream: object
+    params: dict[str, int]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """One entry for each launch."""
+    seen: list[Launched] = []
+
+    def function(kernel, device, shared_bytes):
+        def launch(grid, block, args, shared_mem, stream):
+            (struct,) = args
+            assert struct.size == 1  # a NumPy array of one element is what CuPy passes by value
+            values = np.frombuffer(struct.tobytes(), np.int64).tolist()
+            params = dict(zip(kernel.slots, values, strict=True))
+            seen.append(Launched(kernel, grid, block, shared_mem, stream, params))
+
+        return launch
+
+    monkeypatch.setattr(Kernel, "function", function)
+    monkeypatch.setattr(cuda_module, "_stream", lambda pointer, device: (pointer, device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77 + device, raising=False)
+    properties = types.SimpleNamespace(multi_processor_count=H100.units)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return seen
+
+
+CASES = [
+    Case("plain", batch=2, dim=40, length=300, initial_state=True),
+    Case("long", batch=1, dim=8, length=6000, dtype="bfloat16"),
+    Case("channels innermost", batch=1, dim=40, length=2000, layout="dim", groups=2, dtype="float16"),
+    Case("bare", batch=2, dim=40, length=300, D=False, z=False, bias=False, softplus=False),
+    Case("constant", batch=2, dim=40, length=300, constant_B=True, constant_C=True),
+    Case("packed", dim=40, lengths=(700, 0, 1, 1500), initial_state=True),
+    Case("misaligned", batch=2, dim=40, length=301, offset=1, dtype="bfloat16"),
+]
+
+
+def posed(case: Case, direction: str):
+    """The tensors that a backend gets, in the order in which it gets them."""
+    t = case.make("cpu")
+    i = normal_form([t[name] for name in Inputs._fields])
+    problem = case.problem(direction, "cuda", training=True)
+    last = direction == "forward"
+    outputs = Outputs._make(allocate(i.u, i.A, output_rooms(i.u, i.A, i.cu_seqlens, last, problem.checkpoint)))
+    if direction == "forward":
+        return i, outputs
+    gradients = Gradients._make(allocate(i.u, i.A, gradient_rooms(i)))
+    return i, outputs.states, Cotangents(t["dout"], t["dlast_state"]), gradients
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_a_prepared_call_launches_what_a_fresh_one_does(case, direction, deterministic, launches):
+    problem = dataclasses.replace(
+        case.problem(direction, "cuda", training=True), deterministic=deterministic, has_last_state=True
+    )
+    first, second = posed(case, direction), posed(case, direction)
+    for config in cuda.configs(problem, H100):
+        prepared = getattr(cuda, f"prepare_{direction}")(problem, *first, config)
+        assert not launches  # preparing runs nothing
+        prepared(*first)
+        of_first = launches[:]
+        launches.clear()
+        prepared(*second)
+        again = launches[:]
+        launches.clear()
+        getattr(cuda, direction)(problem, *second, config)
+        assert len(again) == len(launches) == len(of_first) > 0
+        for got, fresh in zip(again, launches, strict=True):
+            assert got._replace(params={}) == fresh._replace(params={})
+            assert got.stream == (80, 3)
+            for name, value in fresh.params.items():
+                if name not in POINTERS:
+                    assert got.params[name] == value, name
+                else:  # scratch lies elsewhere in every call
+                    assert (got.params[name] == 0) == (value == 0), name
+        check_pointers(second, launches[-1].params)
+        check_pointers(second, again[-1].params)
+        check_pointers(first, of_first[-1].params)
+        launches.clear()
+
+
+def check_pointers(tensors, params):
+    """The scan's own launch points at every tensor that it was given."""
+    named = tensors[0]._asdict()
+    if len(tensors) == 2:
+        named |= tensors[1]._asdict()
+    else:
+        _, states, cotangents, gradients = tensors
+        named |= {"states": states, "dout": cotangents.dout, "last_state": cotangents.dlast_state}
+        # sums may be made of parts first
+        named |= {k: g for k, g in gradients._asdict().items() if k not in cuda.SUMS}
+    for name, t in named.items():
+        assert params[name] == (0 if t is None else t.data_ptr()), name
+
+
+def test_launches_from_several_threads_do_not_mix(monkeypatch, launches):
+    """A stand-in that reads its parameters late, as a launch that waits for the driver does."""
+
+    def function(kernel, device, shared_bytes):
+        def launch(grid, block, args, shared_mem, stream):
+            before = args[0].tobytes()
+            time.sleep(1e-4)
+            values = np.frombuffer(args[0].tobytes(), np.int64)
+            assert args[0].tobytes() == before
+            seen.append(set(values.tolist()))
+
+        return launch
+
+    monkeypatch.setattr(Kernel, "function", function)
+    seen: list[set[int]] = []
+    fields = {"length": "long long", "u": "void*", "out": "void*", "B": "void*"}
+    launch = Kernel((), fields, {}, "scan").prepare(1, 32, 0, {"length": 5})
+    threads = [
+        threading.Thread(target=lambda k=k: [launch(dict.fromkeys(("u", "out", "B"), k)) for _ in range(20)])
+        for k in range(100, 108)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 160
+    assert all(len(values) == 2 and 5 in values for values in seen)
+
+
+def test_a_launch_rejects_a_field_that_the_kernel_has_not(launches):
+    launch = Kernel((), {"u": "void*"}, {}, "scan").prepare(1, 32, 0, {})
+    with pytest.raises(KeyError, match="v"):
+        launch({"v": 1})
