@@ -24,6 +24,7 @@ HOST_SAMPLE_S = 2e-4  # a sample on a CPU: perf_counter and the loop cost well u
 MOST_CALLS = 200  # in one sample
 SETTLE_S = 5e-2  # a callable quicker than this gets an untimed call first: the last one's threads may still spin
 LAUNCH_BOUND_S = 5e-3  # a call that takes this long to enqueue is a host loop: its launches are part of its cost
+HOST_BURST = 50  # calls queued at once: a queue holds about a thousand launches, and a call makes a handful
 STABLE = 0.03  # warm-up ends when three calls in a row agree this well
 LEAST_RUNS = 5
 OVERTIME = 5  # unless that takes this many times the seconds asked for
@@ -67,6 +68,25 @@ def compare(fns: dict[str, Callable[[], Any]], device: Device, *, seconds: float
                 sampler.spent += time.perf_counter() - begin
             running = running[1:] + running[:1]
     return {name: _summary(sampler) for name, sampler in samplers.items()}
+
+
+def host(fn: Callable[[], Any], device: Device, *, seconds: float = 0.2) -> Timing:
+    """How long a call keeps the host busy until it returns: Python, torch and launches, none of the device's work.
+
+    Each call is timed by itself. After every ``HOST_BURST`` of them the device catches up, untimed, so that no call
+    waits for room in its queue. Errors: whatever ``fn`` raises.
+    """
+    synchronise = _synchronise(device)
+    _warm_up(fn, synchronise, seconds)
+    samples: list[float] = []
+    while sum(samples) < seconds:
+        for _ in range(HOST_BURST):
+            begin = time.perf_counter()
+            fn()
+            samples.append(time.perf_counter() - begin)
+        synchronise()
+    low, median, high = np.percentile(samples, [25, 50, 75])
+    return Timing(float(median), float(low), float(high), len(samples), "host, until a call returns")
 
 
 def _enough(sampler: _Sampler, seconds: float) -> bool:

@@ -69,6 +69,15 @@ def test_what_a_callable_raises_comes_through():
         timer.measure(broken, CPU)
 
 
+def test_the_hosts_time_is_of_single_calls_and_waits_for_nothing(monkeypatch):
+    waits = []
+    monkeypatch.setattr(timer, "_synchronise", lambda device: lambda: (waits.append(1), time.sleep(5e-3)))
+    t = timer.host(lambda: time.sleep(1e-4), CPU, seconds=0.05)
+    assert 1e-4 <= t.low_s <= t.median_s < 4e-3
+    assert t.runs % timer.HOST_BURST == 0
+    assert waits
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_timed_by_graph_replay_and_what_cannot_be_captured_by_events():
@@ -392,6 +401,7 @@ def test_bench_prints_a_time_with_its_bound():
         (("bench", "--shape", "1,2,0"), "--shape"),
         (("bench", "--shape", "1,2,3", "--dtype", "int8"), "--dtype"),
         (("bench", "--shape", "1,2,3", "--backend", "abacus"), "--backend"),
+        (("bench", "--shape", "1,2,3", "--host"), "--host"),
         (("report", "--text", "/no/such/file"), "--text"),
         (("report", "--seconds", "-1"), "--seconds"),
     ],

@@ -23,10 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direction", choices=DIRECTIONS, default="all", help="default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda or cuda:INDEX; by default the GPU if there is one")
     parser.add_argument("--seconds", type=float, default=0.3, help="time spent on a measurement (default: %(default)s)")
+    parser.add_argument("--host", action="store_true", help="also time the host alone: Python, torch and launches")
 
 
 def run(args: argparse.Namespace) -> int:
     from .. import check, measure
+    from ..profiling import timer
     from ..profiling.device import ceilings
     from ..selective_scan import selective_scan
 
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         raise BadArgument(f"--seconds: expected a number above 0, got {args.seconds}")
     device = pick_device(args.device)
     op = check.find_op("selective_scan")
+    if args.host and device.kind == "cpu":
+        raise BadArgument("--host: a CPU is its own host, and its times say all; expected a GPU")
     case = _case(op, args.shape, args.dtype or ("bf16" if device.kind == "cuda" else "fp32"))
     for name in args.backend or ():
         if name not in op.backends:
@@ -46,10 +50,13 @@ def run(args: argparse.Namespace) -> int:
     out.print(f"{case.batch} x {case.dim} x {case.length}, {case.state} states, {case.dtype} on {device.name}")
     green = [name for name in names if _passes(op, case, device, name, out)]
     tensors = case.make(device.torch)
-    shown = table("", "direction", "backend", "config", "time", "quartiles", "Gelem/s", "of bound", "bound by", "runs")
+    columns = ["direction", "backend", "config", "time", "quartiles", "Gelem/s", "of bound", "bound by", "runs"]
+    shown = table("", *columns, *(["host"] if args.host else []))
     failed = len(green) < len(names)
-    runners = [measure.backend(op, name, selective_scan) for name in green]
-    for r in measure.results(op, case, tensors, runners, device, args.seconds, DIRECTIONS[args.direction]):
+    runners = {name: measure.backend(op, name, selective_scan) for name in green}
+    for r in measure.results(
+        op, case, tensors, list(runners.values()), device, args.seconds, DIRECTIONS[args.direction]
+    ):
         problem = case.used(r["use"], device.kind)
         direction = "training" if r["use"] == "training" else problem.direction
         if "reason" in r:
@@ -57,11 +64,15 @@ def run(args: argparse.Namespace) -> int:
             shown.add_row(direction, r["runner"], "", r["reason"])
             continue
         need, choice = measure.bounds(problem, ceilings(device)), op.resolve(problem, device.torch, r["runner"])
+        host = []
+        if args.host:
+            call = measure.call(runners[r["runner"]].scan, tensors, op.cases.ARGUMENTS, r["use"])
+            host = [seconds(timer.host(call, device, seconds=args.seconds).median_s)]
         shown.add_row(
             direction, r["runner"], fields(choice.config), seconds(r["median_s"]),
             f"{seconds(r['low_s'])} to {seconds(r['high_s'])}", f"{need['elements'] / r['median_s'] / 1e9:.3g}",
             f"{100 * need['seconds'] / r['median_s']:.2g} %", f"{need['unit']}, {seconds(need['seconds'])}",
-            f"{r['runs']} x {r['method']}",
+            f"{r['runs']} x {r['method']}", *host,
         )  # fmt: skip
     out.print(shown)
     return int(failed)
