@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 import time
 import types
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -112,6 +114,24 @@ def test_a_prepared_call_launches_what_a_fresh_one_does(case, direction, determi
         check_pointers(second, again[-1].params)
         check_pointers(first, of_first[-1].params)
         launches.clear()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_a_prepared_call_holds_no_tensor(case, direction, deterministic, launches):
+    problem = dataclasses.replace(
+        case.problem(direction, "cuda", training=True), deterministic=deterministic, has_last_state=True
+    )
+    tensors = posed(case, direction)
+    config = cuda.configs(problem, H100)[0]
+    prepared = getattr(cuda, f"prepare_{direction}")(problem, *tensors, config)
+    prepared(*tensors)
+    watched = [weakref.ref(t) for t in torch.utils._pytree.tree_leaves(tensors) if t is not None]
+    del tensors
+    gc.collect()
+    assert prepared
+    assert not any(ref() is not None for ref in watched)
 
 
 def check_pointers(tensors, params):
