@@ -302,7 +302,7 @@ def test_compiles_for_cuda_and_hardly_spills(name, direction, monkeypatch, tmp_p
     assert len(recorded) == (3 if config.splits > 1 else 1)
     for kernel, arguments, options in recorded:
         spilled = spilled_bytes(compile_for_h100(kernel, arguments, options), tmp_path)
-        assert spilled <= (384 if kernel.__name__ == "backward_kernel" else 96), f"{kernel.__name__}: {spilled} bytes"
+        assert spilled <= (384 if kernel.__name__ == "backward_kernel" else 128), f"{kernel.__name__}: {spilled} bytes"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -54,25 +54,32 @@ class _Tile(NamedTuple):
 # it, and the more warps wait for each other.
 _TILES = {
     "forward": [
-        _Tile(16, 8, 8, 4, 1),
-        _Tile(16, 8, 8, 4, 3),
+        _Tile(16, 16, 8, 2, 2),
         _Tile(16, 16, 8, 4, 2),
         _Tile(16, 8, 8, 2, 1),
-        _Tile(8, 8, 8, 4, 1),
-        _Tile(8, 16, 8, 8, 2),
+        _Tile(16, 8, 8, 4, 3),
+        _Tile(8, 16, 8, 4, 2),
+        _Tile(16, 16, 8, 2, 1),
     ],
     "backward": [
+        _Tile(4, 16, 16, 8, 2),
+        _Tile(4, 16, 8, 8, 2),
+        _Tile(4, 16, 32, 8, 2),
         _Tile(4, 16, 16, 8, 1),
         _Tile(4, 16, 8, 4, 1),
-        _Tile(4, 16, 16, 8, 2),
-        _Tile(4, 16, 32, 8, 1),
-        _Tile(2, 16, 8, 8, 1),
+        _Tile(4, 8, 8, 8, 2),
+    ],
+    # a checkpoint interval holds several tiles: each turn takes all but the first a second time
+    "backward, long intervals": [
+        _Tile(8, 8, 8, 8, 1),
+        _Tile(4, 16, 8, 8, 1),
+        _Tile(8, 8, 16, 8, 1),
         _Tile(4, 8, 8, 8, 1),
     ],
 }
 # Warps that fit a multiprocessor; cost of the pass before that cutting time needs, as a share of the other's.
 _RESIDENT = {"forward": 12, "backward": 8}
-_FIRST_PASS = {"forward": 0.74, "backward": 0.25}
+_FIRST_PASS = {"forward": 0.8, "backward": 0.25}
 
 
 def configs(problem: Problem, device: Device) -> list[Config]:
@@ -81,7 +88,8 @@ def configs(problem: Problem, device: Device) -> list[Config]:
     if device.kind == "cpu":
         small = Config(min(32, channels), 16, 1)
         return [small, dataclasses.replace(small, block_time=4, part=2), dataclasses.replace(small, splits=3)]
-    tiles = _TILES[problem.direction]
+    long = problem.direction == "backward" and problem.checkpoint > 16
+    tiles = _TILES["backward, long intervals" if long else problem.direction]
     if problem.direction == "backward" and problem.deterministic:
         tiles = sorted(tiles, key=lambda tile: -tile.fewest)  # each block of channels keeps its own part of dB and dC
     found = [_config(problem, device, tile, channels) for tile in tiles]
@@ -106,13 +114,13 @@ def _most_pieces(problem: Problem) -> int:
 
 
 def _splits(problem: Problem, device: Device, programs: int, warps: int) -> int:
-    """The fewest pieces of time that finish within 3 % of the soonest, if w warps bring a multiprocessor to
-    w / (w + 4) of its speed: two a scheduler to two thirds of it, three to three quarters."""
+    """The fewest pieces of time that finish within 3 % of the soonest. A multiprocessor takes w + 4 units of time for
+    w warps: one a scheduler keep it half busy, three a scheduler three quarters; fewer than four are done no sooner."""
     resident, first_pass = _RESIDENT[problem.direction], _FIRST_PASS[problem.direction]
 
     def time(pieces: int) -> float:
-        turns, rest = divmod(triton.cdiv(programs * pieces * warps, device.units), resident)
-        once = turns * (resident + 4) + (rest + 4 if rest else 0)
+        turns, rest = divmod(triton.cdiv(programs * pieces, device.units) * warps, resident)
+        once = turns * (resident + 4) + (max(rest, 4) + 4 if rest else 0)
         return once / pieces * (1 + first_pass * (1 - 1 / pieces))
 
     times = {pieces: time(pieces) for pieces in range(1, _most_pieces(problem) + 1)}

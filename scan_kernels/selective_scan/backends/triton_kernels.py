@@ -117,9 +117,14 @@ def over_states(x, BN: tl.constexpr):
 
 @triton.jit
 def at_step(x, t: tl.constexpr):
-    """x[t] of x [BT, ., .]. Summed as integers: adding 0 then folds away, and neither NaN nor -0.0 is touched."""
-    here = (tl.arange(0, x.shape[0]) == t)[:, None, None]
-    return tl.sum(tl.where(here, x.to(tl.int32, bitcast=True), 0), axis=0).to(tl.float32, bitcast=True)
+    """x[t] of x [BT, ., .]; of [1, ., .], which holds for all steps, the only one.
+
+    Summed as integers: adding 0 then folds away, and neither NaN nor -0.0 is touched.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    if x.shape[0] > 1:
+        bits = tl.where((tl.arange(0, x.shape[0]) == t)[:, None, None], bits, 0)
+    return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -129,18 +134,16 @@ def put(tile, t: tl.constexpr, x):
 
 
 @triton.jit
-def projection_at(M, t: tl.constexpr, PART: tl.constexpr, BD: tl.constexpr):
-    """[BN, BD]: step t of a B or C, [BT, BN, 1], or [1, BN, BD] where it is constant.
-
-    All lanes need all of it. It is handed to them PART steps at a time: a whole tile would fill the registers.
-    """
+def for_all_channels(M, part: tl.constexpr, PART: tl.constexpr, BD: tl.constexpr):
+    """Steps part*PART .. of a B or C [BT, BN, 1], for each channel: [PART, BN, BD]. One that is constant, [1, BN, BD],
+    as it is. All lanes need all of it, and a whole tile would fill their registers."""
     BT: tl.constexpr = M.shape[0]
     BN: tl.constexpr = M.shape[1]
     if BT == 1:
-        return at_step(tl.broadcast_to(M, (1, BN, BD)), 0)
+        return tl.broadcast_to(M, (1, BN, BD))
     else:
-        part = at_step(tl.reshape(M, (BT // PART, PART, BN)), t // PART)
-        return at_step(tl.broadcast_to(part[:, :, None], (PART, BN, BD)), t % PART)
+        steps = at_step(tl.reshape(M, (BT // PART, PART, BN)), part)
+        return tl.broadcast_to(steps[:, :, None], (PART, BN, BD))
 
 
 @triton.jit
@@ -169,10 +172,9 @@ def over_lanes(x):
 
 
 @triton.jit
-def next_state(h, t: tl.constexpr, sizes, inputs, B_tile, rate, PART: tl.constexpr, EXACT: tl.constexpr):
-    """exp(Δ A) h + Δ u B of step t of a tile; sizes: Δ log2(e), inputs: Δ u, both [BT, BN, BD]; h [BN, BD]."""
-    a = decay(at_step(sizes, t) * rate, EXACT)
-    return a * h + at_step(inputs, t) * projection_at(B_tile, t, PART, h.shape[1])
+def next_state(h, size, x, b, rate, EXACT: tl.constexpr):
+    """exp(Δ A) h + Δ u B, all [BN, BD]; size: Δ log2(e), x: Δ u."""
+    return decay(size * rate, EXACT) * h + x * b
 
 
 # ---- addresses ------------------------------------------------------------------------------------------------------
@@ -334,10 +336,14 @@ def forward_kernel(
         sizes = over_states(computed_once(to_log2(size)), BN)
         inputs = over_states(computed_once(size * x), BN)
         y = tl.zeros([BT, LANES, BD], tl.float32)
-        for i in tl.static_range(BT):
-            h = next_state(h, i, sizes, inputs, B_tile, rate, PART, EXACT)
+        for part in tl.static_range(BT // PART):
+            B_part = for_all_channels(B_tile, part, PART, BD)
             if not ONLY_STATE:
-                y = put(y, i, sum_states(h * projection_at(C_tile, i, PART, BD), LANES))
+                C_part = for_all_channels(C_tile, part, PART, BD)
+            for i in tl.static_range(part * PART, part * PART + PART):
+                h = next_state(h, at_step(sizes, i), at_step(inputs, i), at_step(B_part, i - part * PART), rate, EXACT)
+                if not ONLY_STATE:
+                    y = put(y, i, sum_states(h * at_step(C_part, i - part * PART), LANES))
         if ONLY_STATE:
             total += tl.sum(size, axis=0)
         else:
@@ -456,9 +462,11 @@ def adjoint_kernel(
             C_tile = load_projection(C, t, tau, t_ok, n, n_ok, C_n, C_t)
         sizes = over_states(computed_once(to_log2(size)), BN)
         dys = over_states(computed_once(dy), BN)
-        for i in tl.static_range(BT - 1, -1, -1):
-            G = at_step(dys, i) * projection_at(C_tile, i, PART, BD) + x
-            x = decay(at_step(sizes, i) * rate, EXACT) * G
+        for part in tl.static_range(BT // PART - 1, -1, -1):
+            C_part = for_all_channels(C_tile, part, PART, BD)
+            for i in tl.static_range(part * PART + PART - 1, part * PART - 1, -1):
+                G = at_step(dys, i) * at_step(C_part, i - part * PART) + x
+                x = decay(at_step(sizes, i) * rate, EXACT) * G
         total += tl.sum(size, axis=0)
     tl.store(entering + (row * pieces + piece - 1) * dim * state + nd, x, mask=nd_ok)
     tl.store(totals + (row * pieces + piece) * dim + d, total, mask=d_ok)
@@ -567,8 +575,12 @@ def backward_kernel(
                         B_tile = load_projection(B, ts, tau, s_ok, n, n_ok, B_n, B_t)
                     sizes = over_states(computed_once(to_log2(size)), BN)
                     inputs = over_states(computed_once(size * v), BN)
-                    for i in tl.static_range(BT):
-                        r = next_state(r, i, sizes, inputs, B_tile, rate, PART, EXACT)
+                    for part in tl.static_range(BT // PART):
+                        B_part = for_all_channels(B_tile, part, PART, BD)
+                        for i in tl.static_range(part * PART, part * PART + PART):
+                            r = next_state(
+                                r, at_step(sizes, i), at_step(inputs, i), at_step(B_part, i - part * PART), rate, EXACT
+                            )
                     s += 1
                     tl.store(kept + s * dim * state + nd, r, mask=nd_ok)
                 tl.debug_barrier()
@@ -593,11 +605,15 @@ def backward_kernel(
         hs = tl.zeros([BT, BN, BD], tl.float32)
         y = tl.zeros([BT, LANES, BD], tl.float32)
         h = h0
-        for i in tl.static_range(BT):
-            h = next_state(h, i, sizes, inputs, B_tile, rate, PART, EXACT)
-            hs = put(hs, i, h)
+        for part in tl.static_range(BT // PART):
+            B_part = for_all_channels(B_tile, part, PART, BD)
             if z is not None:
-                y = put(y, i, sum_states(h * projection_at(C_tile, i, PART, BD), LANES))
+                C_part = for_all_channels(C_tile, part, PART, BD)
+            for i in tl.static_range(part * PART, part * PART + PART):
+                h = next_state(h, at_step(sizes, i), at_step(inputs, i), at_step(B_part, i - part * PART), rate, EXACT)
+                hs = put(hs, i, h)
+                if z is not None:
+                    y = put(y, i, sum_states(h * at_step(C_part, i - part * PART), LANES))
 
         if z is not None:
             open_ = sigmoid(gate)
@@ -621,17 +637,21 @@ def backward_kernel(
         GB = tl.zeros([BT, LANES, BD], tl.float32)
         AG = tl.zeros([BT, LANES, BD], tl.float32)
         dA_tile = tl.zeros([BN, BD], tl.float32)
-        for i in tl.static_range(BT - 1, -1, -1):
-            G = at_step(dys, i) * projection_at(C_again, i, PART, BD) + x
-            x = decay(at_step(sizes, i) * rate, EXACT) * G
-            if i > 0:
-                through = x * at_step(hs, i - 1)
-            else:
-                through = x * h0
-            dA_tile += through * at_step(sizes, i)
-            AG = put(AG, i, sum_states(through * A_tile, LANES))
-            GB = put(GB, i, sum_states(G * projection_at(B_again, i, PART, BD), LANES))
-            Gs = put(Gs, i, G)
+        for part in tl.static_range(BT // PART - 1, -1, -1):
+            B_part = for_all_channels(B_again, part, PART, BD)
+            C_part = for_all_channels(C_again, part, PART, BD)
+            for i in tl.static_range(part * PART + PART - 1, part * PART - 1, -1):
+                step = at_step(sizes, i)
+                G = at_step(dys, i) * at_step(C_part, i - part * PART) + x
+                x = decay(step * rate, EXACT) * G
+                if i > 0:
+                    through = x * at_step(hs, i - 1)
+                else:
+                    through = x * h0
+                dA_tile += through * step
+                AG = put(AG, i, sum_states(through * A_tile, LANES))
+                GB = put(GB, i, sum_states(G * at_step(B_part, i - part * PART), LANES))
+                Gs = put(Gs, i, G)
         dA_sum += dA_tile
         GB, AG = over_lanes(GB), over_lanes(AG)
 
@@ -652,7 +672,7 @@ def backward_kernel(
         else:
             dB_sum += tl.sum(inputs * Gs, axis=0)
 
-    dA_sum *= LN2
+    dA_sum *= LN2  # the step sizes were in units of log2(e)
     part = (row * pieces + piece) * part_row
     add_or_store(dA + part * state + nd, dA_sum, nd_ok, ATOMIC_ROWS)
     if B_t is None:
