@@ -36,7 +36,12 @@ CASES = {
     "two steps, constant B and C": {"length": 2, "constant_B": True, "constant_C": True},
     "dim contiguous, groups": {"batch": 2, "layout": "dim", "groups": 2, "dim": 6, "state": 16, "length": 18},
     "40 states": {"dim": 2, "state": 40, "length": 70, "z": False},
-    "interval of several tiles, cut in time": {"length": 70, "config": (2, 8, 1, 3), "initial": True, "checkpoint": 24},
+    "interval of several tiles, cut in time": {
+        "length": 70,
+        "config": (2, 8, 1, 3, 2, 2),
+        "initial": True,
+        "checkpoint": 24,
+    },
     "interval that no tile divides": {"length": 23, "config": (2, 4, 1, 2), "constant_B": True, "checkpoint": 6},
     "packed, one empty": {"length": 37, "cu_seqlens": [0, 5, 5, 20, 37], "initial": True, "constant_C": True},
     "packed, deterministic": {
@@ -297,7 +302,7 @@ def test_compiles_for_cuda_and_hardly_spills(name, direction, monkeypatch, tmp_p
     assert len(recorded) == (3 if config.splits > 1 else 1)
     for kernel, arguments, options in recorded:
         spilled = spilled_bytes(compile_for_h100(kernel, arguments, options), tmp_path)
-        assert spilled <= (256 if kernel.__name__ == "backward_kernel" else 96), f"{kernel.__name__}: {spilled} bytes"
+        assert spilled <= (384 if kernel.__name__ == "backward_kernel" else 128), f"{kernel.__name__}: {spilled} bytes"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,7 +25,9 @@ class Config:
     block_dim: int  # channels of a program's tile
     block_time: int  # time steps of a tile; never more than the checkpoint interval
     num_warps: int  # warps of a program
-    splits: int  # pieces that a row's time is cut into, run side by side after a pass for their states; 1: none
+    splits: int = 1  # pieces of a row's time, run side by side after a pass for the states between them
+    part: int = 4  # steps of B and C that a thread holds at once; divides block_time
+    stages: int = 1  # tiles whose loads are under way at once; 1: they are not
 
 
 def supports(problem: Problem) -> str | None:
@@ -35,62 +39,111 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-# (tile elements a thread holds, time steps, fewest channels), best guess first. The backward holds seven tiles at
-# once, the forward three, so it takes smaller ones; its sums over channels want many of them in a program.
+class _Tile(NamedTuple):
+    """A tile before the problem's sizes are known."""
+
+    states: int  # that a thread holds of a step
+    steps: int
+    fewest: int  # channels, where a group has them and 8 warps can hold them
+    part: int
+    stages: int
+
+
+# Best guess first. The forward wants all states of a channel in one thread, so that nothing is summed over lanes. The
+# backward holds the states of all steps of a tile; the more channels a program has, the fewer sums for dB and dC leave
+# it, and the more warps wait for each other.
 _TILES = {
-    "forward": [(64, 8, 16), (64, 16, 8), (128, 16, 16), (32, 16, 8), (64, 16, 16), (32, 16, 4), (32, 8, 8)],
-    "backward": [(32, 8, 8), (32, 8, 16), (32, 8, 32), (32, 16, 4), (16, 16, 8), (16, 8, 8), (16, 8, 16)],
+    "forward": [
+        _Tile(16, 16, 8, 2, 2),
+        _Tile(16, 16, 8, 4, 2),
+        _Tile(16, 8, 8, 2, 1),
+        _Tile(16, 8, 8, 4, 3),
+        _Tile(8, 16, 8, 4, 2),
+        _Tile(16, 16, 8, 2, 1),
+    ],
+    "backward": [
+        _Tile(4, 16, 16, 8, 2),
+        _Tile(4, 16, 8, 8, 2),
+        _Tile(4, 16, 32, 8, 2),
+        _Tile(4, 16, 16, 8, 1),
+        _Tile(4, 16, 8, 4, 1),
+        _Tile(4, 8, 8, 8, 2),
+    ],
+    # a checkpoint interval holds several tiles: each turn takes all but the first a second time
+    "backward, long intervals": [
+        _Tile(8, 8, 8, 8, 1),
+        _Tile(4, 16, 8, 8, 1),
+        _Tile(8, 8, 16, 8, 1),
+        _Tile(4, 8, 8, 8, 1),
+    ],
 }
+# Warps that fit a multiprocessor; cost of the pass before that cutting time needs, as a share of the other's.
+_RESIDENT = {"forward": 12, "backward": 8}
+_FIRST_PASS = {"forward": 0.8, "backward": 0.25}
 
 
 def configs(problem: Problem, device: Device) -> list[Config]:
     """Candidates, the first a good default."""
     channels = triton.next_power_of_2(problem.dim // problem.groups)
     if device.kind == "cpu":
-        small = Config(min(32, channels), 16, 1, 1)
-        return [small, dataclasses.replace(small, block_time=4), dataclasses.replace(small, splits=3)]
-    tiles = _TILES[problem.direction]
+        small = Config(min(32, channels), 16, 1)
+        return [small, dataclasses.replace(small, block_time=4, part=2), dataclasses.replace(small, splits=3)]
+    long = problem.direction == "backward" and problem.checkpoint > 16
+    tiles = _TILES["backward, long intervals" if long else problem.direction]
     if problem.direction == "backward" and problem.deterministic:
-        tiles = sorted(tiles, key=lambda tile: -tile[2])  # each block of channels keeps its own part of dB and dC
-    found = [_config(problem, device, *tile, channels) for tile in tiles]
-    pieces = [s for s in (1, 2, 4, 8, 16, 32) if problem.length >= 256 * s and not problem.sequences]
-    found += [dataclasses.replace(c, splits=s) for c in found[:2] for s in pieces]
+        tiles = sorted(tiles, key=lambda tile: -tile.fewest)  # each block of channels keeps its own part of dB and dC
+    found = [_config(problem, device, tile, channels) for tile in tiles]
+    pieces = [s for s in (1, 2, 4, 8, 16, 32, 64) if s <= _most_pieces(problem)]
+    found += [dataclasses.replace(found[0], splits=s) for s in pieces]
     return list(dict.fromkeys(found))[:16]
 
 
-def _config(problem: Problem, device: Device, per_thread: int, BT: int, BD: int, channels: int) -> Config:
-    """A tile of at least BD channels that fills whole warps, with time inside a thread."""
+def _config(problem: Problem, device: Device, tile: _Tile, channels: int) -> Config:
+    """The tile in whole warps."""
     BN = triton.next_power_of_2(problem.state)
-    BD = min(max(BD, 32 * per_thread // (BT * BN)), 64)
-    while BD > 1 and 8 * 32 * per_thread < BT * BN * BD:
-        BD //= 2
-    BD = min(BD, channels)
-    warps = min(8, max(1, BT * BN * BD // (32 * per_thread)))
-    blocks = triton.cdiv(problem.dim // problem.groups, BD)
-    running = problem.rows * problem.groups * blocks * warps
-    return Config(BD, BT, warps, _splits(problem, device, running))
+    a_warp = 32 * tile.states  # states that it holds of a step
+    BD = min(max(a_warp // BN, min(tile.fewest, 8 * a_warp // BN)), 512 // tile.steps, channels)
+    warps = min(8, max(1, BN * BD // a_warp))
+    programs = problem.rows * problem.groups * triton.cdiv(problem.dim // problem.groups, BD)
+    return Config(BD, tile.steps, warps, _splits(problem, device, programs, warps), tile.part, tile.stages)
 
 
-def _splits(problem: Problem, device: Device, warps: int) -> int:
-    """Pieces of time that bring the GPU to about 8 warps a multiprocessor, each at least 256 steps; packed rows: 1."""
-    if problem.sequences or warps * 4 > 8 * device.units:
-        return 1  # cutting costs a second pass: measured on an H100, it pays from four times the warps on
-    return triton.next_power_of_2(max(1, min(8 * device.units // warps, problem.length // 256)))
+def _most_pieces(problem: Problem) -> int:
+    """At least 256 steps a piece; packed rows are not cut."""
+    return 1 if problem.sequences else min(64, max(1, problem.length // 256))
+
+
+def _splits(problem: Problem, device: Device, programs: int, warps: int) -> int:
+    """The fewest pieces of time that finish within 3 % of the soonest. A multiprocessor takes w + 4 units of time for
+    w warps: one a scheduler keep it half busy, three a scheduler three quarters; fewer than four are done no sooner."""
+    resident, first_pass = _RESIDENT[problem.direction], _FIRST_PASS[problem.direction]
+
+    def time(pieces: int) -> float:
+        turns, rest = divmod(triton.cdiv(programs * pieces, device.units) * warps, resident)
+        once = turns * (resident + 4) + (max(rest, 4) + 4 if rest else 0)
+        return once / pieces * (1 + first_pass * (1 - 1 / pieces))
+
+    times = {pieces: time(pieces) for pieces in range(1, _most_pieces(problem) + 1)}
+    return next(pieces for pieces, t in times.items() if t <= 1.03 * min(times.values()))
 
 
 def _tiling(problem: Problem, config: Config) -> dict[str, int | bool]:
     """What every kernel is specialised by."""
     K = problem.checkpoint
     BT = min(config.block_time, triton.next_power_of_2(K or problem.length))
+    BN = triton.next_power_of_2(problem.state)
     return {
         "BT": BT,
-        "BN": triton.next_power_of_2(problem.state),
+        "BN": BN,
         "BD": config.block_dim,
         "K": K,
         "TILES": triton.cdiv(K, BT) if K else 1,
         "TIME_CONTIGUOUS": problem.layout == "length",
         "PACKED": problem.sequences > 0,
         "SOFTPLUS": problem.softplus,
+        "PART": min(config.part, BT),
+        "LANES": min(BN, max(1, 32 * config.num_warps // config.block_dim)),
+        "STAGES": config.stages,
         "num_warps": config.num_warps,
     }
 
@@ -99,7 +152,7 @@ def _pieces(problem: Problem, config: Config) -> tuple[int, int]:
     """(pieces, steps of a piece): whole checkpoint intervals, so that a kept state always enters a tile."""
     if problem.sequences:
         return 1, problem.length
-    unit = problem.checkpoint or 1
+    unit = math.lcm(problem.checkpoint or 1, 16)  # 16: a piece's vectors are aligned if its row's are
     span = triton.cdiv(triton.cdiv(problem.length, config.splits), unit) * unit
     return triton.cdiv(problem.length, span), span
 
@@ -120,12 +173,12 @@ def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) 
     tiling = _tiling(problem, config)
     pieces, span = _pieces(problem, config)
     blocks = triton.cdiv(problem.dim // problem.groups, config.block_dim)
-    grid = (problem.rows * pieces * problem.groups * blocks,)
     sizes = (problem.dim, problem.state, problem.length, problem.groups, blocks, pieces, span)
     strides = (*_strides(problem, u, delta, z, outputs.out), *_projection(B), *_projection(C))
     entering, steps = _carries(A, problem.rows, pieces) if pieces > 1 else (None, None)
 
     def launch(only_state: bool, states: Tensor | None) -> None:
+        grid = (problem.rows * (pieces - only_state) * problem.groups * blocks,)
         kernels.forward_kernel[grid](
             u, delta, A, B, C, D, z, bias, initial, cu, outputs.out, outputs.last_state, states, entering, steps,
             *sizes, *strides, **tiling, SPLIT=pieces > 1 and not only_state, ONLY_STATE=only_state,
@@ -147,13 +200,15 @@ def backward(
     blocks = triton.cdiv(problem.dim // problem.groups, config.block_dim)
     grid = (problem.rows * pieces * problem.groups * blocks,)
     sizes = (problem.dim, problem.state, problem.length, problem.groups, blocks, pieces, span)
+    if tiling["TILES"] > 1:
+        tiling["STAGES"] = 1  # a load under way early would miss the state that is kept in between
     entering = None
     if pieces > 1:
         entering, steps = _carries(A, problem.rows, pieces)
-        kernels.adjoint_kernel[grid](
+        kernels.adjoint_kernel[(problem.rows * (pieces - 1) * problem.groups * blocks,)](
             delta, A, C, z, bias, dout, entering, steps, *sizes,
             *_strides(problem, delta, z, dout), *_projection(C),
-            **{k: v for k, v in tiling.items() if k not in ("K", "TILES", "PACKED")},
+            **{k: v for k, v in tiling.items() if k not in ("K", "TILES", "PACKED", "LANES")},
         )  # fmt: skip
         _combine(problem, A, dlast, entering, steps, pieces, reverse=True)
 
@@ -179,7 +234,7 @@ def backward(
         *_projection(B), *_projection(C),
         problem.batch * problem.groups * problem.state * problem.length if problem.deterministic else 0,
         problem.dim if problem.deterministic else 0,
-        **tiling, HALVINGS=config.block_dim.bit_length() - 1,
+        **tiling,
         ATOMIC_BLOCKS=atomic and blocks > 1, ATOMIC_ROWS=atomic and problem.rows * pieces > 1,
     )  # fmt: skip
     for name, part in parts.items():
