@@ -48,7 +48,7 @@ class Kernel:
             files, fields, defines, name = self._source
             module = cupy.RawModule(code=source(files, fields, defines), options=OPTIONS)
             raw = module.get_function(name)
-            if shared_bytes > 48 * 1024:
+            if shared_bytes > 40 * 1024:  # up to 48 KB, static shared memory included, need no leave
                 raw.max_dynamic_shared_size_bytes = shared_bytes
             # not the RawKernel, which looks up the device and this in every call
             found = self._compiled[device] = raw.kernel

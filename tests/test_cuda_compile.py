@@ -111,9 +111,10 @@ class Posed:
     aligned: bool = True
     axis: int = 0  # of B and C: 0 length-, 1 state-contiguous
     deterministic: bool = False
+    training: bool = True
 
     def problem(self, direction: str) -> Problem:
-        problem = self.case.problem(direction, "cuda", training=True)
+        problem = self.case.problem(direction, "cuda", training=self.training)
         return dataclasses.replace(problem, deterministic=self.deterministic)
 
 
@@ -126,8 +127,9 @@ LONG = {"batch": 1, "dim": 1024, "length": 65536}  # too few channels to fill a 
 PLAIN = dict.fromkeys(("D", "z", "bias", "softplus"), False)
 # every configuration on an H100, two elsewhere
 MAIN = [Posed(mamba("main")), Posed(mamba("main dim", layout="dim"))]
-# two configurations on every device: passes that find what enters a span
+# two configurations on every device: nothing kept for a backward; passes that find what enters a span
 CUT = [
+    Posed(mamba("inference"), training=False),
     Posed(mamba("long", **LONG)),
     Posed(mamba("long misaligned", dtype="float32", **LONG), aligned=False),
     Posed(mamba("long deterministic", dtype="float16", layout="dim", **LONG), deterministic=True),
@@ -253,7 +255,8 @@ def test_every_kind_of_kernel_is_compiled():
             assert seen[arch][name] == {0, 1}, (arch, name)
     values = {name: set().union(*(s.get(name, set()) for s in seen.values())) for name in seen[H100.arch]}
     assert values["LANES"] >= {1, 2, 4, 8, 16, 32}
-    assert values["SUBTILES"] >= {1, 4, 8, 16}
+    assert values["TILE"] >= {4, 8, 16, 32}
+    assert values["CHECKPOINT"] >= {0, 16, 64}
     assert all(
         values[name] == {0, 1}
         for name in ("B_AXIS", "C_AXIS", "CONST_B", "CONST_C", "HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "PACKED")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -40,11 +42,19 @@ def test_case(case, backend):
     assert not failures, failures
 
 
+FORWARD, BACKWARD = Config(2, 4, 32), Config(8, 4, 16, 2, groups=2)
 SPLIT = {
-    "forward-split": {"forward": Config(4, 4, 32, splits=4), "backward": Config(8, 4, 16, 2, 2, splits=3)},
-    "chained": {"forward": Config(2, 4, 32, blocks=3), "backward": Config(8, 4, 16, 2, 2, splits=4, chain=1)},
-    "few-warps": {"forward": Config(16, 1, 16), "backward": Config(8, 1, 16, 1, 1)},
-    "wide": {"forward": Config(4, 8, 32, splits=2), "backward": Config(8, 8, 16, 4, 1, splits=2)},
+    "forward-split": {
+        "forward": Config(4, 4, 32, splits=4, polynomial=4),
+        "backward": dataclasses.replace(BACKWARD, splits=3),
+    },
+    "chained": {
+        "forward": dataclasses.replace(FORWARD, blocks=3),
+        "backward": dataclasses.replace(BACKWARD, splits=4, chain=1),
+    },
+    "few-warps": {"forward": Config(16, 1, 16), "backward": Config(8, 1, 16, groups=8)},
+    "wide": {"forward": Config(4, 8, 32, splits=2), "backward": Config(16, 8, 8, splits=2)},
+    "few-lanes": {"forward": Config(1, 2, 16), "backward": Config(4, 2, 8, splits=2, groups=4)},
 }
 
 

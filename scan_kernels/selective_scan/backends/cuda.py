@@ -32,28 +32,41 @@ class Config:
     lanes: int  # lanes of a warp that share a channel, each with state/lanes states; a power of two up to 32
     warps: int  # warps of a block
     tile: int  # time steps of a tile; 4 to 64, a power of two
-    groups: int = 1  # backward: channel groups a warp walks before dB, dC leave its registers
     blocks: int = 1  # blocks that must fit on a multiprocessor: bounds the registers
     splits: int = 1  # parts of a row's time that run in parallel
+    groups: int = 1  # backward: groups of channels that a warp walks in turn
     chain: int = 0  # backward: 1: parts hand the adjoint on through flags, 0: an extra pass finds it
     checkpoint: int = 0  # forward: steps between kept states, a multiple of 16; 0: the op's default
+    polynomial: int = 0  # forward, 16-bit data: of 32 exponentials, how many are polynomials instead
 
     def __post_init__(self) -> None:
         if self.lanes not in (1, 2, 4, 8, 16, 32) or self.tile not in (4, 8, 16, 32, 64):
             raise ValueError(f"config: expected lanes 1..32 and tile 4..64, powers of two, got {self}")
-        if not (1 <= self.warps <= 32 and self.groups >= 1 and self.blocks >= 1 and self.splits >= 1):
-            raise ValueError(f"config: expected warps 1..32 and positive groups, blocks, splits, got {self}")
+        if not (1 <= self.warps <= 32 and self.blocks >= 1 and self.splits >= 1 and self.groups >= 1):
+            raise ValueError(f"config: expected warps 1..32 and positive blocks, splits, groups, got {self}")
         if self.checkpoint % 16:
             raise ValueError(f"config: checkpoint: expected a multiple of 16, got {self.checkpoint}")
+        if not 0 <= self.polynomial <= 32:
+            raise ValueError(f"config: expected polynomial 0..32, got {self}")
 
     @property
     def threads(self) -> int:
         return self.warps * 32
 
     @property
+    def per_warp(self) -> int:
+        """Channels that a warp holds at a time."""
+        return 32 // self.lanes
+
+    @property
+    def own(self) -> int:
+        """Elements of a warp's tile that a lane loads and stores."""
+        return max(1, self.per_warp * self.tile // 32)
+
+    @property
     def channels(self) -> int:
         """Channels of a block."""
-        return self.warps * 32 // self.lanes * self.groups
+        return self.warps * self.per_warp * self.groups
 
 
 def supports(problem: Problem) -> str | None:
@@ -89,55 +102,50 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _states(problem: Problem, config: Config) -> int:
-    return _ceil(problem.state, config.lanes) * config.lanes
+def _busy(blocks: int, resident: int) -> float:
+    """Share of the places for ``resident`` blocks that are taken until the last of ``blocks`` ends."""
+    return blocks / (_ceil(blocks, resident) * resident)
 
 
 def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     """Shared memory of a block: mirrors the carving at the top of each kernel."""
-    states, tile = _states(problem, config), config.channels * config.tile
-    projection = states * (config.tile + 4)
+    per = _ceil(problem.state, config.lanes)
+    projection = config.tile * 4 * (_ceil(per * config.lanes, 4) + 1)
+    tile = config.per_warp * (config.tile + 4)
+    raw = 32 * _ceil(config.own * ITEMSIZE[problem.dtype], 4)
     if problem.direction == "forward" or mode != SCAN:
         tiles = (mode != ADJOINT and not problem.constant_B) + (mode != LEAVE and not problem.constant_C)
-        return 4 * (2 * tile + 2 * tiles * projection)
-    subtiles = problem.checkpoint // config.tile
-    item = ITEMSIZE[problem.dtype]
-    own = max(1, tile // config.threads)
-    raw = 2 * (4 if problem.has_z else 3) * _ceil(own * item, 4) * config.threads
-    per_state = (2 if subtiles == 1 else subtiles) + 3 + problem.constant_B + problem.constant_C
-    flush = config.warps * 2 * states * config.tile
-    return 4 * (3 * tile + 4 * projection + config.channels * states * per_state + flush + raw)
-
-
-def _registers_fit(problem: Problem, config: Config) -> bool:
-    """Whether the values that must live in registers fit without spilling."""
-    per = _ceil(problem.state, config.lanes)
-    budget = min(255, 65536 // (config.threads * config.blocks))
-    own = max(1, config.channels * config.tile // config.threads)
-    words = _ceil(own * ITEMSIZE[problem.dtype], 4)
-    if problem.direction == "forward":
-        projections = _ceil(_states(problem, config) * config.tile * ITEMSIZE[problem.dtype], 4 * config.threads)
-        return 2 * per + 5 * words + 2 * projections + 64 <= budget
-    return per * config.tile <= 32 and budget >= 168
+        warp = 2 * tile + (3 + problem.has_z) * raw
+        return 4 * (2 * tiles * projection + config.warps * warp)
+    item, threads = ITEMSIZE[problem.dtype], config.threads
+    projection = per * config.lanes * (4 if config.tile == 4 else config.tile + 4)
+    raw = item * threads * _ceil(per * config.lanes * config.tile // 4, threads)
+    variable = 2 - problem.constant_B - problem.constant_C
+    rows = config.per_warp * config.tile
+    lines, line = (config.tile, config.per_warp) if problem.layout == "dim" else (config.per_warp, config.tile)
+    part = _ceil(lines * max(line * item, (line // 2 + 1) * 4 if item == 2 else 0), 16) * 16
+    recomputed = problem.checkpoint // config.tile
+    slot = (3 + problem.has_z) * part + (config.per_warp * per * config.lanes * 4 if recomputed == 1 else 0)
+    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 2048 + config.groups * (384 * per + 512)
+    flushed = max(1, variable * per * config.tile // 4) * 512
+    fixed = [config.warps * config.groups * 256 * per if f else 16 for f in (problem.constant_B, problem.constant_C)]
+    enter = recomputed * config.warps * config.groups * 128 * per if recomputed > 1 else 16
+    early = 8 * rows * (config.warps if recomputed > 1 else 1)
+    moved = variable * 4 * (projection + raw) + (2 - variable) * 32
+    return moved + 112 + config.warps * (flushed + warp) + sum(fixed) + enter + early
 
 
 def _valid(problem: Problem, device: Any, config: Config) -> bool:
     per = _ceil(problem.state, config.lanes)
     if problem.direction == "forward":
-        if config.tile % 16 or config.groups != 1 or config.chain:
+        pairs = problem.layout == "dim" and ITEMSIZE[problem.dtype] == 2 and config.own >= 2 and config.per_warp >= 2
+        if config.tile % 16 or config.chain or per > 16 or config.own // (1 + pairs) > config.tile:
             return False
-    else:
-        if problem.checkpoint % config.tile or config.groups > config.lanes or (config.chain and problem.sequences):
-            return False
-        values, per_warp = per * config.tile, 32 // config.lanes
-        if values % per_warp and per_warp % values:
-            return False
-        if 65536 // (config.threads * config.blocks) < 168:
-            return False
-    own = max(1, config.channels * config.tile // config.threads)
-    if own > config.tile or own * ITEMSIZE[problem.dtype] > 64 or config.threads > 1024:
+        if _ceil(per * config.lanes, 4) * config.tile > 4 * config.threads:
+            return False  # a thread would hold too many of B and C
+    elif config.lanes < 4 or per * config.tile > 32 or config.tile > 16 or (config.chain and problem.sequences):
         return False
-    return shared_bytes(problem, config) <= device.shared_memory and _registers_fit(problem, config)
+    return config.threads <= 1024 and shared_bytes(problem, config) <= device.shared_memory
 
 
 def configs(problem: Problem, device: Any) -> list[Config]:
@@ -149,23 +157,15 @@ def configs(problem: Problem, device: Any) -> list[Config]:
     return found
 
 
-def _forward(
-    problem: Problem, lanes: int, warps: int = 4, tile: int = 32, splits: int = 1, arch: str = "sm_90"
-) -> Config:
+def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, splits: int = 1) -> Config:
     """A forward configuration with as many blocks a multiprocessor as its registers allow without spilling."""
     per = _ceil(problem.state, lanes)
-    # from sm_100 on, ptxas needs up to 20 registers more than for the others
-    if per > 8 or lanes == 1 or (per > 4 and arch.startswith(("sm_10", "sm_12"))):
-        blocks = 2
-    elif per > 4 or problem.state & (problem.state - 1):
-        blocks = 3 if problem.dtype != "float32" else 2
-    else:
-        blocks = 4
-    return Config(lanes, warps, tile, blocks=max(1, blocks * 4 // warps), splits=splits)
+    warps_held = 8 if per > 8 or lanes == 1 else 16 if per > 4 or problem.dtype == "float32" else 20
+    return Config(lanes, warps, tile, blocks=max(1, warps_held // warps), splits=splits)
 
 
 def _forward_configs(problem: Problem, device: Any) -> list[Config]:
-    make = functools.partial(_forward, problem, arch=device.arch)
+    make = functools.partial(_forward, problem)
     channels = problem.rows * problem.dim
     most = min(32, _power_of_two(problem.state))
     least = min(most, max(1, _power_of_two(_ceil(problem.state, 8))))
@@ -182,42 +182,42 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
         # too few channels even so: cut time, at the cost of a second, state-only pass
         lanes = least
         config = make(lanes, 4, tile)
-        blocks = problem.rows * problem.groups * _ceil(problem.dim // problem.groups, config.channels)
-        splits = min(longest, max(1, 2 * device.units * config.blocks // blocks))
-    found = [make(lanes, 4, tile, splits)]
+        count = problem.rows * _block_count(problem, config)
+        splits = min(longest, max(1, 2 * device.units * config.blocks // count))
+    sizes = (4, 8, 2) if problem.state <= 128 else (16,)
+    first = make(lanes, sizes[0], tile, splits)
+    found = [first]
+    fifth = dataclasses.replace(first, blocks=5)
+    slim = problem.state == 16 and problem.dtype != "float32" and problem.layout == "length" and first.blocks == 4
+    if slim and 5 * (shared_bytes(problem, fifth) + 1024) <= device.shared_memory + 1024:
+        # a fifth block fits, in fewer registers: of use where it makes the waves fuller
+        count = problem.rows * _block_count(problem, first) * splits
+        found = [fifth, first] if _busy(count, 5 * device.units) > _busy(count, 4 * device.units) else [first, fifth]
     for other in dict.fromkeys((lanes, lanes * 2, max(1, lanes // 2), least, most)):
         if not least <= other <= most:
             continue
         for cut in dict.fromkeys((splits, min(longest, 2 * splits), _ceil(splits, 2), 1)):
-            found += [make(other, warps, tile, cut) for warps in (4, 8, 2)]
-    narrow = [make(x, w, 16) for x in dict.fromkeys((lanes, most, least)) for w in (4, 2, 1)]
-    return found + narrow
+            found += [make(other, warps, tile, cut) for warps in sizes]
+    few = (4, 2, 1) if problem.state <= 128 else sizes
+    return found + [make(x, warps, 16) for x in dict.fromkeys((lanes, most, least)) for warps in few]
 
 
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
-    per = 1 if problem.state == 1 else 2
-    lanes = min(32, _power_of_two(_ceil(problem.state, per)))
-    per = _ceil(problem.state, lanes)
-    tile = min(16, 32 // _power_of_two(per))
-    if lanes == 1 and problem.dtype == "float32" and problem.layout == "dim":
-        tile = 8  # a thread's 16 elements of every tensor, each an access of its own, would not fit in its registers
-    if per == 4 and problem.state % lanes:
-        tile = 4  # nor would what it takes to leave out the states that are only padding
+    lanes = min(32, max(4, _power_of_two(_ceil(problem.state, 2))))
+    tile = 32 // max(2, _power_of_two(_ceil(problem.state, lanes)))
     per_group = problem.dim // problem.groups
     found = []
-    shapes = [(4, 4), (4, 8), (4, 2), (8, 4), (8, 2), (4, 1), (2, 4), (2, 2), (2, 1)]
-    if problem.state > 64:
-        shapes.append((1, 1))  # the least shared memory, for many states on a device that has little
-    for warps, groups in shapes:
-        groups = min(groups, lanes)
-        if groups > 1 and warps * 32 // lanes * groups // 2 >= per_group:
-            continue  # half of the block's channels would not exist
-        base = Config(lanes, warps, tile, groups, blocks=2 if warps == 4 else 4 if warps < 4 else 1)
-        blocks = problem.groups * _ceil(per_group, base.channels)
-        fits = max(1, min(base.blocks, device.shared_memory // (shared_bytes(problem, base) + 1024)))
-        resident = device.units * fits
-        for splits, chain in _backward_splits(problem, blocks, resident):
-            found.append(dataclasses.replace(base, splits=splits, chain=chain))
+    for warps, blocks in ((4, 2), (8, 1), (2, 4), (1, 8)):
+        for groups in (8, 4, 2, 1):
+            base = Config(lanes, warps, tile, blocks, groups=groups)
+            if base.channels >= 2 * per_group and groups > 1:
+                continue  # half of the block's channels would not exist
+            if groups > 1 and blocks * (shared_bytes(problem, base) + 1024) > device.shared_memory + 1024:
+                continue
+            count = _block_count(problem, base)
+            fits = max(1, min(blocks, device.shared_memory // (shared_bytes(problem, base) + 1024)))
+            for splits, chain in _backward_splits(problem, count, device.units * fits):
+                found.append(dataclasses.replace(base, splits=splits, chain=chain))
     return found
 
 
@@ -227,20 +227,24 @@ def _backward_splits(problem: Problem, blocks: int, resident: int) -> list[tuple
     per_row = problem.length / problem.rows if problem.sequences else problem.length
     longest = max(1, int(per_row // max(64, problem.checkpoint)))
     single = (1, 0)
-    if work >= resident and not problem.sequences and longest > 1:
-        chained = (min(longest, 8), 1)
-        last_wave_idle = 1 - work / (_ceil(work, resident) * resident)
-        return [chained, single] if last_wave_idle > 0.15 else [single, chained]
-    if work >= resident or longest == 1:
+    if work < resident and longest > 1:
+        # the time of too few rows is cut, at the cost of a pass that finds the adjoints between spans
+        found = [(min(longest, max(1, waves * resident // work)), 0) for waves in (2, 1)]
+        return list(dict.fromkeys([*found, single]))
+    if longest == 1 or problem.sequences:
         return [single]
-    fill = min(longest, max(1, int(2 * resident / work)))
-    return list(dict.fromkeys([(fill, 0), (min(longest, max(1, resident // work)), 0), single]))
+
+    # parts that hand the adjoint on even out how many blocks each multiprocessor runs
+    busy = {s: _busy(work * s, resident) for s in (1, 2, 3, 4, 6, 8) if s <= longest}
+    best = next((s for s in busy if s > 1 and busy[s] > 0.95), max(busy, key=lambda s: busy[s]))
+    chained = (best, 1) if best > 1 else (2, 1)
+    return [chained, single] if busy[1] < 0.9 * busy[chained[0]] else [single, chained]
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
 
 SIZES = (
-    "length", "rows", "dim", "groups", "blocks", "splits", "span", "checkpoint", "wide_offsets", "bc_partial",
+    "length", "rows", "dim", "groups", "blocks", "splits", "span", "wide_offsets", "bc_partial",
     *(f"{t}_{axis}" for t in ("u", "delta", "z", "out", "dout", "grad") for axis in ("batch", "dim", "step")),
     *(f"{t}_{axis}" for t in ("B", "C") for axis in ("batch", "group", "state", "step")),
 )  # fmt: skip
@@ -285,6 +289,7 @@ def defines(
         "HAS_BIAS": int(problem.has_bias),
         "SOFTPLUS": int(problem.softplus),
         "PACKED": int(problem.sequences > 0),
+        "CHECKPOINT": problem.checkpoint,
     }
 
 
@@ -292,9 +297,10 @@ def _tunables(config: Config) -> dict[str, int]:
     return {
         "LANES": config.lanes,
         "WARPS": config.warps,
-        "TILE": config.tile,
         "GROUPS": config.groups,
+        "TILE": config.tile,
         "MIN_BLOCKS": config.blocks,
+        "POLYNOMIAL": config.polynomial,
     }
 
 
@@ -306,10 +312,9 @@ def _kernel(files: tuple[Path, ...], name: str, items: tuple[tuple[str, int], ..
 def _own_width(problem: Problem, config: Config) -> int:
     """Elements of a thread's widest single access to u: up to 16 bytes along time, 4 bytes along channels."""
     item = ITEMSIZE[problem.dtype]
-    own = max(1, config.channels * config.tile // config.threads)
-    if problem.layout == "dim":
-        return min(own, 4 // item)
-    return min(own, 16 // item)
+    if problem.direction == "backward":
+        return min(config.per_warp if problem.layout == "dim" else config.tile, 16 // item)
+    return min(config.own, (4 if problem.layout == "dim" else 16) // item)
 
 
 class Variant(NamedTuple):
@@ -338,7 +343,10 @@ def _entering(problem: Problem, config: Config) -> tuple[int, Config] | None:
 
 
 def variants(
-    problem: Problem, config: Config, aligned: tuple[bool, bool, bool], axes: tuple[int, int]
+    problem: Problem,
+    config: Config,
+    aligned: tuple[bool, bool, bool],
+    axes: tuple[int, int],
 ) -> list[Variant]:
     """What a call launches: first, if ``_entering`` says so, a pass over the spans' states; last, the scan itself."""
     base = defines(problem, config, aligned, axes)
@@ -355,9 +363,11 @@ def variants(
         more = {
             "CHAIN": config.chain if _spans(problem, config)[0] > 1 else 0,
             "PARTIALS": int(problem.deterministic),
-            "SUBTILES": problem.checkpoint // config.tile,
         }
-    return [*found, Variant(files, name, base | more, config, shared_bytes(problem, config))]
+    shared = shared_bytes(problem, config)
+    if problem.direction == "backward":
+        more["SHARED_BYTES"] = shared
+    return [*found, Variant(files, name, base | more, config, shared)]
 
 
 def _describe(
@@ -385,7 +395,6 @@ def _describe(
         if t.ndim == 4:
             sizes |= {f"{name}_{a}": t.stride(k) for k, a in enumerate(("batch", "group", "state", "step"))}
     sizes["wide_offsets"] = int(i.cu_seqlens is not None and i.cu_seqlens.dtype == torch.int64)
-    sizes["checkpoint"] = problem.checkpoint
     return variants(problem, config, (aligned[0], aligned[1], aligned[2]), (axes[0], axes[1])), sizes
 
 

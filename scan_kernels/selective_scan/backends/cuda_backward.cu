@@ -1,48 +1,83 @@
 // Gradients of the selective scan: the state is recomputed from the states the forward kept, never stored.
 //
-// A block owns CHANNELS channels over one span of a row and walks it backwards in tiles of TILE steps. For each tile:
-//   elementwise   each thread, for its own elements: finishes the tile just swept (du, ddelta, dz from the sums that
-//                 the sweep left in the shared tiles) and stages the next one: Δ log2(e), Δu and dy = dout silu(z) into
-//                 the shared tiles dt, x, dy. Inputs come through cp.async, two tiles deep, in slots of the thread's own.
-//   sweep         each warp walks its GROUPS channel groups. A lane holds PER states of one channel: forward through
-//                 the tile from the state that enters it, keeping h and exp(ΔA) of all steps in registers; then backward:
-//                     G = C dy + g;  dB += G Δu;  dC += dy h;  g = exp(ΔA) G;  dA += Δ g h'        (h' entering state)
-//                 and Σ G B, Σ A g h', Σ C h over the states, which shuffles spread over the lanes of a channel and
-//                 which take the places of dt, x, dy in the tiles.
-//   flush         dB and dC of the tile, so far summed in registers over a warp's channel groups, are summed over its
-//                 lanes by shuffles, over the warps in shared memory, and only then reach device memory.
+// LANES lanes share a channel, each with PER of its states; a warp holds PER_WARP channels at a time and walks GROUPS
+// such groups of channels, so that a block owns CHANNELS = WARPS PER_WARP GROUPS channels over one span of a row. It
+// walks the span backwards in tiles of TILE steps, and each tile group by group. For such an item, a lane
+//   copies    u, delta, dout, z and the kept states of the item three ahead, by cp.async, into a ring
+//   finishes  the item before: du, ddelta, dz of the steps it owns, to device memory
+//   stages    the next item: dt = Δ log2(e), x = Δu, dy = dout silu(z) and what `finish` needs, for the steps it owns
+//   sweeps    forward through the tile from the kept state, keeping h and exp(ΔA) of its states in registers; then back:
+//                 G = C dy + g;  dB += G x;  dC += dy h;  g = exp(ΔA) G;  dA += Δ g h'           (h' entering state)
+//             dB and dC of all TILE steps stay in registers over the tile's groups. Σ G B, Σ A g h', Σ C h over the
+//             states go through the tensor cores: a product with a pattern of 0 and 1 sums four values over four lanes
+//             and leaves each lane with steps of its own. Values that are not finite would spread (0 times NaN): an
+//             item that has any takes a slow way.
+// and after the tile's last group the block sums its dB and dC, which then reach device memory.
+// Copies, finish and stage are independent of the sweep around them and fill the gaps of its chains.
+//
 // Where states are kept less often than every TILE steps (SUBTILES > 1), the states that enter the tiles of a kept
 // span are recomputed first, into shared memory.
 //
 // Time is split over blocks in one of two ways. CHAIN 0: the adjoint that enters each span comes from the scan's
 // MODE 2 and `combine`. CHAIN 1: persistent blocks take (span, row, block) tickets, last span first, and each waits
 // for the adjoint that the following span's block leaves: no extra pass, but only rows x blocks run at a time.
-// PARTIALS 1: every block writes its own dB, dC, dA, dD, ddelta_bias, which the host sums in a fixed order
-// (bitwise repeatable); 0: they are added atomically.
+// PARTIALS 1: every block writes its own sums, which the host adds in a fixed order (bitwise repeatable); 0: blocks add
+// theirs atomically.
 //
-// Costs per (state, step) of a lane: 12 FMUL/FFMA, 1 MUFU, 1.25 shared loads of 16 bytes, and for the three sums over
-// the states 3 (LANES-1)/(PER LANES) * (1 SHFL, 1 FADD, 2 SEL); in all 21.4 instructions at LANES = 8, PER = 2. Float32
-// data take 8 more for their decays. Registers: 4 PER TILE for h, decays, dB and dC, and about 100.
+// Costs per (state, step) of a lane: 13 FMUL/FFMA (12 without z), 1 MUFU, 11 shared loads of 16 bytes for PER x 4 of
+// them, 3 HMMA (2) for as many. Per step of a channel about 45. Float32 data take 8 more for their decays; all but
+// bfloat16 take twice the HMMA, and 2 more, for products in two parts. Registers: 4 PER TILE for dB, dC, h and decays,
+// and about 110. Most of all that is why PER x TILE is at most 32.
 
-constexpr int G = TILE < 8 ? TILE : LANES < 8 ? 4 : 8;  // steps whose sums over the states are reduced together
-static_assert(TILE % G == 0, "invalid configuration");
-constexpr int TILE_FLOATS = CHANNELS * TILE, BC_FLOATS = STATES * PITCH, STATE_FLOATS = CHANNELS * STATES;
-constexpr int ENTER_TILES = SUBTILES == 1 ? 2 : SUBTILES;
-constexpr int VALUES = PER * TILE;  // of dB (and of dC) that a lane accumulates
-constexpr int TENSORS = HAS_Z ? 4 : 3;
-constexpr int RAW_WORDS = TENSORS * WORDS * THREADS;
-constexpr bool ASYNC = ALIGNED && OWN * ITEM >= 4 && (!DIM_LAYOUT || ITEM == 4 || OWN_C == 2);
-constexpr int PIECE = DIM_LAYOUT ? 1 : WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1;  // words moved at once
+constexpr int T = TILE, QUADS_ = T / 4;
+constexpr int SUBTILES = CHECKPOINT / T;
+constexpr int RING = 4;                                     // items in flight, and the one at hand
+constexpr int STRIDE = WARPS * PER_WARP;                    // channels between a warp's groups
+constexpr bool TWO_PARTS = DTYPE != 1;                      // the tensor cores keep 11 bits, enough for bfloat16 data
+constexpr bool FENCED = TWO_PARTS || SUBTILES > 1;          // where registers are scarce, four steps end before four begin
+constexpr float TRUNCATED = TWO_PARTS ? 1.f : 1.000352f;    // undoes the mean of what they cut off
+static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT % T == 0 && SUBTILES > 0, "invalid configuration");
 
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-// Copy `bytes` of WIDTH bytes, zeros for the rest.
-template <int WIDTH>
-DEVICE void copy_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(WIDTH), "r"(bytes) : "memory");
+// The steps that a lane owns of its channel's: those whose sums the tensor cores and `merge` leave it with.
+constexpr int STEPS = LANES == 4 ? 4 : LANES == 8 ? 2 : 1;
+DEVICE int own_step(int lane) {
+  return lane % 4 * 4 + (LANES == 8 ? (lane >> 2 & 1) * 2 : LANES >= 16 ? (lane >> 2 & 1) * 2 + (lane >> 3 & 1) : 0);
 }
-DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+DEVICE bool owns_steps(int lane) { return lane % 4 * 4 < T && (LANES < 32 || lane < 16); }
+
+// N neighbours from and to shared memory
+template <int N>
+DEVICE void get(float (&v)[N], const float* from) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 q = *(const float4*)(from + i);
+      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
+    }
+  } else if constexpr (N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const float2 q = *(const float2*)(from + i);
+      v[i] = q.x, v[i + 1] = q.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] = from[i];
+  }
+}
+template <int N>
+DEVICE void set(float* to, const float (&v)[N]) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) *(float4*)(to + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+  } else if constexpr (N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) *(float2*)(to + i) = make_float2(v[i], v[i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) to[i] = v[i];
+  }
+}
 
 // Add (or, for partial sums, store) four neighbours of which `count` exist.
 DEVICE void deposit(float* to, float4 v, int count) {
@@ -74,493 +109,785 @@ DEVICE void deposit(float* to, float v) {
 #endif
 }
 
-// Sum v over the warp's channels (lane bits from LANES up), spreading the values: lane group q = lane / LANES is left
-// with values q * LEFT .. in v[0 .. LEFT-1].
-constexpr int LEFT = VALUES >= PER_WARP ? VALUES / PER_WARP : 1;
-static_assert(VALUES >= PER_WARP ? VALUES % PER_WARP == 0 : PER_WARP % VALUES == 0, "invalid configuration");
-DEVICE void reduce_channels(float (&v)[VALUES], int lane) { spread_sum<16, LANES>(v, lane); }
+// ---- an item's inputs: T steps of PER_WARP channels of each tensor, as they lie in memory ---------------------------
+// Lines are contiguous in memory and copied in pieces. Where a line may start in the middle of a word (SHIFTED), the
+// words that hold it are copied, and what it is shifted by is found again from its address.
+
+constexpr int PARTS = HAS_Z ? 4 : 3;                        // u, delta, dout, z
+constexpr int LINES = DIM_LAYOUT ? T : PER_WARP;
+constexpr int LINE = DIM_LAYOUT ? PER_WARP : T;             // elements
+constexpr bool BY_PIECES = ALIGNED && LINE * ITEM >= 4;
+constexpr bool SHIFTED = !BY_PIECES && ITEM == 2;
+constexpr int COPY = !BY_PIECES || LINE * ITEM < 8 ? 4 : LINE * ITEM < 16 ? 8 : 16;  // bytes of a piece
+constexpr int PIECES = SHIFTED ? LINE / 2 + 1 : LINE * ITEM / COPY;
+constexpr int LINE_BYTES = PIECES * COPY;
+constexpr int PART_BYTES = (LINES * LINE_BYTES + 15) / 16 * 16;
+constexpr int COPIES = PARTS * LINES * PIECES, ROUNDS = (COPIES + 31) / 32;
+constexpr int KEPT_ROUNDS = ROUNDS <= 2 && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;       // whose addresses are kept, not computed anew
+constexpr int KEPT_COPY = STATE % 4 == 0 ? 16 : STATE % 2 == 0 ? 8 : 4;
+constexpr int KEPT_PIECES = STATE * 4 / KEPT_COPY;
+constexpr int KEPT_BYTES = SUBTILES == 1 ? PER_WARP * STATES * 4 : 0;
+constexpr int SLOT_BYTES = PARTS * PART_BYTES + KEPT_BYTES;
+
+// A lane's own steps of its channel of one tensor; shift_of(i): of the line of the i-th, in elements.
+template <class Shift>
+DEVICE void read_own(float (&v)[STEPS], const char* part, int channel, int step, Shift shift_of) {
+  if constexpr (DIM_LAYOUT || SHIFTED) {
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      const int at = DIM_LAYOUT ? (step + i) * LINE_BYTES + channel * ITEM : channel * LINE_BYTES + (step + i) * ITEM;
+      v[i] = to_float(*(const scalar*)(part + at + (SHIFTED ? shift_of(i) * ITEM : 0)));
+    }
+  } else {
+    const char* const at = part + channel * LINE_BYTES + step * ITEM;
+    if constexpr (ITEM == 4) {
+      get(v, (const float*)at);
+    } else if constexpr (STEPS == 4) {
+      const uint2 q = *(const uint2*)at;
+      v[0] = low(q.x), v[1] = high(q.x), v[2] = low(q.y), v[3] = high(q.y);
+    } else if constexpr (STEPS == 2) {
+      const u32 q = *(const u32*)at;
+      v[0] = low(q), v[1] = high(q);
+    } else {
+      v[0] = to_float(*(const scalar*)at);
+    }
+  }
+}
+// A lane's own steps to device memory, `count` of them.
+DEVICE void write_own(scalar* to, const float (&v)[STEPS], i64 step_stride, int count) {
+  constexpr bool TOGETHER = ALIGNED && !DIM_LAYOUT && STEPS > 1;
+  u32 words[STEPS * ITEM / 4 + 1];
+#pragma unroll
+  for (int i = 0; i < STEPS; i += 4 / ITEM) words[i * ITEM / 4] = pack(v[i], v[ITEM == 2 && STEPS > 1 ? i + 1 : i]);
+  if constexpr (TOGETHER) {
+    if (count >= STEPS) {
+      if constexpr (STEPS * ITEM == 16) *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+      else if constexpr (STEPS * ITEM == 8) *(uint2*)to = make_uint2(words[0], words[1]);
+      else *(u32*)to = words[0];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < (TOGETHER ? STEPS - 1 : STEPS); i++)
+    if (i < count && !(TOGETHER && count >= STEPS))
+      to[i * step_stride] = unbits(ITEM == 4 ? words[i * ITEM / 4] : i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
+}
+
+// ---- tiles of B, C: in float32, for all warps of a block; state s*PER + k in line k*LANES + s -----------------------
+
+constexpr int PITCH = T == 4 ? 4 : T + 4;  // floats between lines: eight of them, read at once, meet no bank twice
+constexpr int BC_FLOATS = STATES * PITCH;
+
+// What a thread moves of B or C: items of four steps of a state or, if B_AXIS or C_AXIS says so, four states of a step.
+template <int AXIS, int VECTOR>
+struct Projection {
+  static constexpr int ITEMS = STATES * T / 4;
+  static constexpr int COUNT = (ITEMS + THREADS - 1) / THREADS;
+  static constexpr int RAW_WORDS_ = ITEM * COUNT * THREADS;
+
+  static DEVICE bool place(int k, int& n, int& t) {
+    const int i = (int)threadIdx.x + k * THREADS;
+    if (AXIS == 0) t = i % QUADS_ * 4, n = i / QUADS_;
+    else n = i % (STATES / 4) * 4, t = i / (STATES / 4);
+    return ITEMS % THREADS == 0 || i < ITEMS;
+  }
+  // row: B or C at the row's first step; t0: the tile's first; count: steps of the tile that exist
+  static DEVICE void fetch(u32* raw, const scalar* row, i64 state_stride, i64 step_stride, int t0, int count) {
+    if constexpr (VECTOR) {
+#pragma unroll
+      for (int k = 0; k < COUNT; k++) {
+        int n, t;
+        if (!place(k, n, t)) continue;
+        const int left = AXIS == 0 ? (n < STATE ? count - t : 0) : t < count ? STATE - n : 0;
+        copy_async<4 * ITEM>(raw + (k * THREADS + threadIdx.x) * ITEM, row + n * state_stride + (t0 + t) * step_stride,
+                             (left < 0 ? 0 : left > 4 ? 4 : left) * ITEM);
+      }
+    }
+  }
+  static DEVICE void store(float* tile, const u32* raw, const scalar* row, i64 state_stride, i64 step_stride, int t0, int count, float scale) {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+      int n, t;
+      if (!place(k, n, t)) continue;
+      float v[4];
+      if constexpr (VECTOR) {
+        const u32* const mine = raw + (k * THREADS + threadIdx.x) * ITEM;
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = ITEM == 2 && j & 1 ? high(mine[j * ITEM / 4]) : low(mine[j * ITEM / 4]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int state = n + (AXIS == 0 ? 0 : j), step = t + (AXIS == 0 ? j : 0);
+          v[j] = state < STATE && step < count ? to_float(__ldg(row + state * state_stride + (t0 + step) * step_stride)) : 0.f;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[j] *= scale;
+      if constexpr (AXIS == 0) {
+        *(float4*)(tile + (n % PER * LANES + n / PER) * PITCH + t) = make_float4(v[0], v[1], v[2], v[3]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) tile[((n + j) % PER * LANES + (n + j) / PER) * PITCH + t] = v[j];
+      }
+    }
+  }
+};
+typedef Projection<B_AXIS, B_ALIGNED> Projection_B;
+typedef Projection<C_AXIS, C_ALIGNED> Projection_C;
+
+// ---- sums over states -----------------------------------------------------------------------------------------------
+
+// d += a x b on the tensor cores, in tf32: a is 16 x 8 (of a lane: row lane/4 and that plus 8, column lane%4 and that
+// plus 4), b 8 x 8, d 16 x 8 (row lane/4 and that plus 8, columns lane%4*2 and the next).
+DEVICE void multiply_add(float4& d, float a0, float a1, float a2, float a3, float2 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w)
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+        "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
+}
+// Sum four values, upper and lower of two steps, over four neighbouring lanes. b is 1 in the columns 2q and 2q + 1 that
+// take the first and the second step: of quad q, lane q of the four is left with them, upper (x, y) and lower (z, w).
+DEVICE void sum_lanes(float4& sums, float upper0, float upper1, float lower0, float lower1, float2 b) {
+  multiply_add(sums, upper0, lower0, upper1, lower1, b);
+  if constexpr (TWO_PARTS) {
+    auto rest = [](float v) { return v - __uint_as_float(__float_as_uint(v) & 0xffffe000u); };
+    multiply_add(sums, rest(upper0), rest(lower0), rest(upper1), rest(lower1), b);
+  }
+}
+// Of four steps' sums, each over four of the LANES lanes of a channel: the whole sums of the steps that the lane owns.
+DEVICE void merge(float (&v)[STEPS], const float (&part)[4], int lane) {
+  if constexpr (LANES == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = part[i];
+  } else {
+    const bool upper = lane & 4, second = lane & 8;
+    float pair[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      pair[i] = (upper ? part[2 + i] : part[i]) + __shfl_xor_sync(0xffffffffu, upper ? part[i] : part[2 + i], 4);
+    if constexpr (LANES == 8) {
+      v[0] = pair[0], v[STEPS - 1] = pair[1];
+    } else {
+      v[0] = (second ? pair[1] : pair[0]) + __shfl_xor_sync(0xffffffffu, second ? pair[0] : pair[1], 8);
+      if constexpr (LANES == 32) v[0] += __shfl_xor_sync(0xffffffffu, v[0], 16);
+    }
+  }
+}
+template <int VALUE>
+struct Number {
+  static constexpr int value = VALUE;
+};
+DEVICE bool is_finite(float v) { return fabsf(v) < 3.4e38f; }
+
+// ---- shared memory --------------------------------------------------------------------------------------------------
+
+enum { ROW_DT, ROW_X, ROW_DY, ROW_U, ROW_SLOPE, ROW_GATE };  // Δ log2(e); Δu; dout silu(z); u; dΔ/draw; dout silu'(z)
+constexpr int ROWS = 5 + HAS_Z;
+constexpr int FLUSHED = (2 - CONST_B - CONST_C) * PER * QUADS_;  // vectors of four steps that a lane holds of dB, dC
+struct Group {                           // what a warp keeps of a group of channels
+  float carried[32][2 * PER];            // g between tiles, sum of dA
+  float rates[32][PER];                  // A
+  float2 sums[32];                       // of dD, ddelta_bias
+  float2 constants[32];                  // delta_bias, D of the lane's channel
+};
+struct Warp {
+  float elements[2][ROWS][PER_WARP][T];  // of the item at hand, and of the one before or after
+  unsigned char ring[RING][SLOT_BYTES];
+  // bytes from a lane's pieces of an item to those of the next: over to the next group, back to the next tile
+  i64 jumps[2][32][2];
+  float2 pattern[4][32];
+  Group groups[GROUPS];
+};
+struct Shared {
+  Task task;
+  float B[CONST_B ? 4 : BC_FLOATS], C[CONST_C ? 4 : BC_FLOATS];
+  u32 raw_B[CONST_B ? 4 : Projection_B::RAW_WORDS_], raw_C[CONST_C ? 4 : Projection_C::RAW_WORDS_];
+  i64 out_jumps[2], kept_jumps[2];       // as a warp's jumps, for du, ddelta, dz and for the kept states
+  float4 flushed[WARPS][FLUSHED ? FLUSHED : 1][32];
+  Warp warps[WARPS];
+  // constant B, C and the sums of their gradients; the states that enter a kept span's tiles, and a tile's dt, x
+  float fixed_B[CONST_B ? WARPS * GROUPS : 1][2][CONST_B ? 32 : 1][CONST_B ? PER : 2];
+  float fixed_C[CONST_C ? WARPS * GROUPS : 1][2][CONST_C ? 32 : 1][CONST_C ? PER : 2];
+  float enter[SUBTILES > 1 ? SUBTILES * WARPS * GROUPS : 1][SUBTILES > 1 ? 32 : 1][SUBTILES > 1 ? PER : 4];
+  float early[SUBTILES > 1 ? WARPS : 1][2][PER_WARP][T];
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "shared_bytes of cuda.py mirrors this");
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Params p) {
-  extern __shared__ __align__(16) float shared[];
-  float* const dt_tile = shared;                           // dt = Δ log2(e), then Σ G B
-  float* const x_tile = dt_tile + TILE_FLOATS;             // Δu, then Σ A g h'
-  float* const dy_tile = x_tile + TILE_FLOATS;             // dy, then Σ C h
-  float* const bc_tile = dy_tile + TILE_FLOATS;            // [2][B, C]
-  float* const enter = bc_tile + 4 * BC_FLOATS;            // [ENTER_TILES][channel][state]
-  float* const carry = enter + ENTER_TILES * STATE_FLOATS; // g between tiles
-  float* const sum_A = carry + STATE_FLOATS;
-  float* const rate = sum_A + STATE_FLOATS;
-  float* const sum_B = rate + STATE_FLOATS;                             // constant B only
-  float* const sum_C = sum_B + (CONST_B ? STATE_FLOATS : 0);           // constant C only
-  float* const flush = sum_C + (CONST_C ? STATE_FLOATS : 0);           // [warp][B, C][state][step]
-  u32* const raw = (u32*)(flush + WARPS * 2 * STATES * TILE);          // [2][tensor][word][thread]
+  extern __shared__ __align__(16) unsigned char memory[];
+  Shared& shared = *(Shared*)memory;
+  int lane = (int)threadIdx.x & 31;
+  keep(lane);
+  const int tid = (int)threadIdx.x, warp = __shfl_sync(0xffffffffu, tid >> 5, 0), s = lane % LANES, channel = lane / LANES;
+  const bool owns = owns_steps(lane);
+  const int step = owns ? own_step(lane) : 0;
+  Warp& mine = shared.warps[warp];
+  for (int quad = 0; quad < 4; quad++) mine.pattern[quad][lane] = make_float2(lane / 4 == 2 * quad ? 1.f : 0.f, lane / 4 == 2 * quad + 1 ? 1.f : 0.f);
+  if (STATES != STATE)  // what is never copied there
+    for (int i = lane; i < RING * SLOT_BYTES / 4; i += 32) ((u32*)mine.ring)[i] = 0u;
+  __syncthreads();
 
-  const int tid = (int)threadIdx.x, lane = tid & 31, warp = tid >> 5, s = lane % LANES;
+  Task& task = shared.task;
 #if CHAIN
-  __shared__ int ticket;
   for (;;) {
-    __syncthreads();
-    if (tid == 0) ticket = atomicAdd((int*)p.tickets, 1);
-    __syncthreads();
-    const i64 pairs = p.rows * p.blocks, item = ticket;
-    if (item >= pairs * p.splits) return;
-    const i64 order = item / pairs, pair = item - order * pairs;
-    const int block = (int)(pair % p.blocks);
-    const i64 slot = pair / p.blocks * p.splits + (p.splits - 1 - order);
-    int* const ready = (int*)p.tickets + 1 + slot * p.blocks + block;  // set once this slot's adjoint is in span_end
-    if (order > 0) {
-      if (tid == 0) {
-        int seen;
-        do {
-          asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(ready) : "memory");
-          if (!seen) __nanosleep(100);
-        } while (!seen);
+    __syncthreads();  // nobody needs the last task any more
+    if (tid == 0) {
+      const i64 pairs = p.rows * p.blocks, turn = atomicAdd((int*)p.tickets, 1), order = turn / pairs, pair = turn - order * pairs;
+      task.there = order < p.splits;
+      task.block = (int)(pair % p.blocks);
+      task.slot = pair / p.blocks * p.splits + (p.splits - 1 - order);
+      const int* const ready = (int*)p.tickets + 1 + task.slot * p.blocks + task.block;  // 1 once its adjoint is in span_end
+      for (int seen = !task.there || order == 0; !seen;) {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(ready) : "memory");
+        if (!seen) __nanosleep(100);
       }
-      __syncthreads();
     }
 #else
   {
-    const i64 slot = blockIdx.x / p.blocks;
-    const int block = (int)(blockIdx.x - slot * p.blocks);
-#endif
-    Span w;
-    if (!locate(p, slot, w)) return;
-    const Channels ch = channels(p, block);
-    const int batch = PACKED ? 0 : w.row;
-    auto per_channel = [&](const float* values, Own o, int c) {
-      return o.channel + c < ch.count ? __ldg(values + own_channel(ch, o) + c) : 0.f;
-    };
-    float sum_D[OWN_C], sum_bias[OWN_C];
-#pragma unroll
-    for (int c = 0; c < OWN_C; c++) sum_D[c] = sum_bias[c] = 0.f;
-    auto extent = [&](Own o, int t0) { return extent_of(o, ch.count, w.end - t0); };
-
-    // per channel and state: A, the adjoint that enters from the right, the sum for dA
-    for (int i = tid; i < STATE_FLOATS; i += THREADS) {
-      int c = i / STATES, n = i - c * STATES;
-      bool real = c < ch.count && n < STATE;
-      i64 at = (i64)(ch.first + c) * STATE + n;
-      float g = 0.f;
-      if (real) {
-        if (p.splits > 1 && (!CHAIN || w.end < w.length)) g = __ldcg(p.span_end + slot * p.dim * STATE + at);
-        else if (p.last_state) g = p.last_state[(i64)w.row * p.dim * STATE + at];
-      }
-      rate[i] = real ? p.A[at] : 0.f;
-      carry[i] = g;
-      sum_A[i] = 0.f;
-      if (CONST_B) sum_B[i] = 0.f;
-      if (CONST_C) sum_C[i] = 0.f;
+    if (tid == 0) {
+      task.there = true;
+      task.slot = blockIdx.x / p.blocks;
+      task.block = (int)(blockIdx.x - task.slot * p.blocks);
     }
+#endif
+    if (tid == 0 && task.there) {
+      task.there = locate(p, task.slot, task.w);
+      task.ch = channels(p, task.block);
+    }
+    __syncthreads();
+    if (!task.there) return;
+    const Span& w = task.w;
+    const Channels& ch = task.ch;
+    const int steps = w.end - w.begin, tiles = (steps + T - 1) / T, count = ch.count;
+    const int groups = (count + STRIDE - 1) / STRIDE;  // of channels that exist
+    auto batch = [&]() { return PACKED ? 0 : w.row; };
+    auto row_B = [&]() { return (const scalar*)p.B + batch() * p.B_batch + ch.group * p.B_group + w.first * p.B_step; };
+    auto row_C = [&]() { return (const scalar*)p.C + batch() * p.C_batch + ch.group * p.C_group + w.first * p.C_step; };
+    auto within = [&](int c) { return c * STRIDE + warp * PER_WARP; };  // first channel of group c, within the block
+    auto exists = [&](int c) { return within(c) + channel < count; };
 
-    // ---- moving a tile's inputs into this thread's slots, and reading them back
-    auto slot_of = [&](int stage, int tensor, int word) {
-      return raw + stage * RAW_WORDS + ((tensor * WORDS + word / PIECE * PIECE) * THREADS + tid * PIECE) + word % PIECE;
-    };
-    auto fetch_one = [&](int stage, int tensor, const scalar* q, i64 step_stride, Extent n) {
-#pragma unroll
-      for (int i = 0; i < WORDS; i += PIECE) {
-        u32* to = slot_of(stage, tensor, i);
-        if constexpr (ASYNC) {
-          constexpr int WIDTH = PIECE * 4;
-          int bytes = DIM_LAYOUT ? (i < n.t ? n.c * ITEM : 0) : n.c > 0 ? n.t * ITEM - i * 4 : 0;
-          bytes = bytes < 0 ? 0 : bytes > WIDTH ? WIDTH : bytes;
-          copy_async<WIDTH>(to, bytes ? (const void*)(q + (DIM_LAYOUT ? i * step_stride : i * 4 / ITEM)) : (const void*)p.u, bytes);
-        } else {
-#pragma unroll
-          for (int j = 0; j < PIECE; j++) to[j] = word_of(q, step_stride, i + j, n);
-        }
-      }
-    };
-    auto fetch = [&](int stage, int tile) {
-      int t0 = w.begin + tile * TILE;
-      const Own o = own();
-      const Extent n = extent(o, t0);
-      fetch_one(stage, 0, OWN_AT(u, t0), p.u_step, n);
-      fetch_one(stage, 1, OWN_AT(delta, t0), p.delta_step, n);
-      fetch_one(stage, 2, OWN_AT(dout, t0), p.dout_step, n);
-      if (HAS_Z) fetch_one(stage, TENSORS - 1, OWN_AT(z, t0), p.z_step, n);
-    };
-    auto read = [&](Raw& r, int stage, int tensor) {
-#pragma unroll
-      for (int i = 0; i < WORDS; i += PIECE) {
-        const u32* from = slot_of(stage, tensor, i);
-        if constexpr (PIECE == 4) {
-          uint4 v = *(const uint4*)from;
-          r.w[i] = v.x, r.w[i + 1] = v.y, r.w[i + 2] = v.z, r.w[i + 3] = v.w;
-        } else {
-#pragma unroll
-          for (int j = 0; j < PIECE; j++) r.w[i + j] = from[j];
-        }
-      }
-    };
-    // the kept state that enters a tile, for all channels of the block
-    auto fetch_enter = [&](float* to, int t0) {
-      const float* from = p.states + ((w.states + t0 / p.checkpoint) * p.dim + ch.first) * STATE;
-      constexpr int V = STATE % 4 == 0 && STATE == STATES ? 4 : 1;
+    // what belongs to this lane's channels and states: constants, the adjoint that enters from the right, sums over time
 #pragma unroll 1
-      for (int i = tid * V; i < STATE_FLOATS; i += THREADS * V) {
-        int c = i / STATES, n = i - c * STATES;
-        bool real = c < ch.count && n < STATE;
-        copy_async<V * 4>(to + i, real ? (const void*)(from + c * STATE + n) : (const void*)p.states, real ? V * 4 : 0);
-      }
-    };
-    auto stage_tile = [&](int stage, int tile) {
-      const Own o = own();
-      if (!o.any) return;
-      const Extent n = extent(o, w.begin + tile * TILE);
-      Raw ru, rd, ro, rz;
-      read(ru, stage, 0), read(rd, stage, 1), read(ro, stage, 2);
-      if (HAS_Z) read(rz, stage, TENSORS - 1);
-#pragma unroll
-      for (int c = 0; c < OWN_C; c++) {
-        const float bias = HAS_BIAS ? per_channel(p.delta_bias, o, c) : 0.f;
-        float step[OWN_T], x[OWN_T], dy[OWN_T];
-#pragma unroll
-        for (int t = 0; t < OWN_T; t++) {  // u, dout and z are zero where nothing exists
-          step[t] = t < n.t ? step_size(rd.at(c, t) + bias) : 0.f;
-          x[t] = step[t] * ru.at(c, t);
-          dy[t] = ro.at(c, t);
-          if (HAS_Z) {
-            const float gate = rz.at(c, t);
-            dy[t] *= gate * sigmoid(gate);
-          }
-          step[t] = to_log2(step[t]);
-        }
-        tile_write(dt_tile, o.channel + c, o.step, step);
-        tile_write(x_tile, o.channel + c, o.step, x);
-        tile_write(dy_tile, o.channel + c, o.step, dy);
-      }
-    };
-    auto finish_tile = [&](int stage, int tile) {
-      const Own o = own();
-      if (!o.any) return;
-      const int t0 = w.begin + tile * TILE;
-      const Extent n = extent(o, t0);
-      Raw ru, rd, ro, rz;
-      read(ru, stage, 0), read(rd, stage, 1), read(ro, stage, 2);
-      if (HAS_Z) read(rz, stage, TENSORS - 1);
-      float du[OWN_C][OWN_T], ddelta[OWN_C][OWN_T], dz[OWN_C][OWN_T];
-#pragma unroll
-      for (int c = 0; c < OWN_C; c++) {
-        const float bias = HAS_BIAS ? per_channel(p.delta_bias, o, c) : 0.f, skip = HAS_D ? per_channel(p.D, o, c) : 0.f;
-        float gb[OWN_T], ga[OWN_T], y[OWN_T];
-        tile_read(gb, dt_tile, o.channel + c, o.step);
-        tile_read(ga, x_tile, o.channel + c, o.step);
-        if (HAS_Z) tile_read(y, dy_tile, o.channel + c, o.step);
-#pragma unroll
-        for (int t = 0; t < OWN_T; t++) {
-          float slope, step = step_size(rd.at(c, t) + bias, slope);
-          float uu = ru.at(c, t), dy = ro.at(c, t);
-          if (HAS_Z) {
-            float gate = rz.at(c, t), sg = sigmoid(gate);
-            if (HAS_D) y[t] = fmaf(skip, uu, y[t]);
-            dz[c][t] = dy * y[t] * (sg * fmaf(gate, 1.f - sg, 1.f));
-            dy *= gate * sg;
-          }
-          du[c][t] = step * gb[t];
-          if (HAS_D) du[c][t] = fmaf(skip, dy, du[c][t]);
-          ddelta[c][t] = fmaf(uu, gb[t], ga[t]) * slope;
-          if (HAS_D) sum_D[c] = fmaf(dy, uu, sum_D[c]);
-          if (HAS_BIAS) sum_bias[c] += t < n.t ? ddelta[c][t] : 0.f;
-        }
-      }
-      Raw r;
-      const i64 at = (batch + here()) * p.grad_batch + own_channel(ch, o) * p.grad_dim + (w.first + o.step + t0) * p.grad_step;
-      put(r, du), store(r, (scalar*)p.du + at, p.grad_step, n);
-      put(r, ddelta), store(r, (scalar*)p.ddelta + at, p.grad_step, n);
-      if (HAS_Z) put(r, dz), store(r, (scalar*)p.dz + at, p.grad_step, n);
-    };
-
-    Projection<B_AXIS, B_ALIGNED> next_B;
-    Projection<C_AXIS, C_ALIGNED> next_C;
-    auto fetch_bc = [&](int tile) {
-      int t0 = w.begin + tile * TILE, count = w.end - t0;
-      if constexpr (!CONST_B) next_B.load(ROW_AT(B, t0), p.B_state, p.B_step, count);
-      if constexpr (!CONST_C) next_C.load(ROW_AT(C, t0), p.C_state, p.C_step, count);
-    };
-    auto stage_bc = [&](int buffer, int tile) {
-      if (!EARLY) fetch_bc(tile);
-      if constexpr (!CONST_B) next_B.store(bc_tile + buffer * 2 * BC_FLOATS);
-      if constexpr (!CONST_C) next_C.store(bc_tile + (buffer * 2 + 1) * BC_FLOATS);
-    };
-    // B or C of one state over four steps
-    auto four = [&](float (&v)[4], const float* tile, float constant, bool is_constant, int s, int k, int t) {
-      if (is_constant) {
-        v[0] = v[1] = v[2] = v[3] = constant;
-      } else {
-        const float4 q = *(const float4*)(tile + (k * LANES + s) * PITCH + t);
-        v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
-      }
-    };
-    auto constant_of = [&](const void* M, bool is_constant, int channel, float (&v)[PER]) {
+    for (int c = 0; c < groups; c++) {
+      const bool there = exists(c);
+      const int d = there ? ch.first + within(c) + channel : 0;
+      float g[2 * PER], A[PER], fixed[2][PER];
 #pragma unroll
       for (int k = 0; k < PER; k++) {
-        int n = s * PER + k;
-        v[k] = is_constant && channel < ch.count && n < STATE ? ((const float*)M)[(i64)(ch.first + channel) * STATE + n] : 0.f;
+        const int n = s * PER + k;
+        const bool real = there && n < STATE;
+        const i64 at = (i64)d * STATE + n;
+        A[k] = real ? p.A[at] : 0.f;
+        g[k] = g[PER + k] = 0.f;
+        if (real && p.splits > 1 && (!CHAIN || w.end < w.length)) g[k] = __ldcg(p.span_end + task.slot * p.dim * STATE + at);
+        else if (real && p.last_state) g[k] = p.last_state[(i64)w.row * p.dim * STATE + at];
+        fixed[0][k] = CONST_B && real ? ((const float*)p.B)[at] * B_SCALE : 0.f;
+        fixed[1][k] = CONST_C && real ? ((const float*)p.C)[at] : 0.f;
+      }
+      const float none[PER] = {};
+      set(mine.groups[c].carried[lane], g), set(mine.groups[c].rates[lane], A);
+      if constexpr (CONST_B) set(shared.fixed_B[warp * GROUPS + c][0][lane], fixed[0]), set(shared.fixed_B[warp * GROUPS + c][1][lane], none);
+      if constexpr (CONST_C) set(shared.fixed_C[warp * GROUPS + c][0][lane], fixed[1]), set(shared.fixed_C[warp * GROUPS + c][1][lane], none);
+      mine.groups[c].sums[lane] = make_float2(0.f, 0.f);
+      mine.groups[c].constants[lane] = make_float2(HAS_BIAS && there ? p.delta_bias[d] : 0.f, HAS_D && there ? p.D[d] : 0.f);
+    }
+
+    // ---- moving inputs
+    auto address = [&](int part, int first_channel, int line, int t0) {  // of a line
+      const void* const base = part == 0 ? p.u : part == 1 ? p.delta : part == 2 ? p.dout : p.z;
+      const i64 batch_stride = part == 0 ? p.u_batch : part == 1 ? p.delta_batch : part == 2 ? p.dout_batch : p.z_batch;
+      const i64 dim_stride = part == 0 ? p.u_dim : part == 1 ? p.delta_dim : part == 2 ? p.dout_dim : p.z_dim;
+      const i64 step_stride = part == 0 ? p.u_step : part == 1 ? p.delta_step : part == 2 ? p.dout_step : p.z_step;
+      return (const char*)((const scalar*)base + batch() * batch_stride + (ch.first + first_channel + (DIM_LAYOUT ? 0 : line)) * dim_stride +
+                           (w.first + w.begin + t0 + (DIM_LAYOUT ? line : 0)) * step_stride);
+    };
+    auto shift_of = [&](const char* line) { return SHIFTED ? (int)((size_t)line >> 1 & 1) : 0; };
+    auto bytes_of = [](int line, int piece, int left, int live) {  // of a piece, where `left` steps and `live` channels exist
+      const int bytes = (DIM_LAYOUT ? live : left) * ITEM - piece * COPY;
+      return bytes < 0 || line >= (DIM_LAYOUT ? left : live) ? 0 : bytes > COPY ? COPY : bytes;
+    };
+    auto fetch_item = [&](unsigned char* to, int tile, int c) {
+      const int left = steps - tile * T, live = count - within(c);
+#pragma unroll
+      for (int r = 0; r < (COPIES + 31) / 32; r++) {
+        const int i = lane + r * 32 + (COPIES > 32 ? here() : 0);
+        const int part = i / (LINES * PIECES), line = i / PIECES % LINES, piece = i % PIECES;
+        if (COPIES % 32 != 0 && i >= COPIES) continue;
+        const char* from = address(part, within(c), line, tile * T);
+        const int shift = shift_of(from);
+        if (SHIFTED) from = (const char*)((size_t)from & ~(size_t)3);
+        const int bytes = bytes_of(line, piece, left + (DIM_LAYOUT ? 0 : shift), live + (DIM_LAYOUT ? shift : 0));
+        copy_async<COPY>(to + part * PART_BYTES + line * LINE_BYTES + piece * COPY, from + piece * COPY, bytes);
+      }
+      if constexpr (SUBTILES == 1) {
+        const float* const from = p.states + ((w.states + w.begin / T + tile) * p.dim + ch.first + within(c)) * STATE;
+#pragma unroll
+        for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
+          const int i = lane + r * 32, line = i / KEPT_PIECES, piece = i % KEPT_PIECES;
+          if (PER_WARP * KEPT_PIECES % 32 != 0 && i >= PER_WARP * KEPT_PIECES) continue;
+          copy_async<KEPT_COPY>(to + PARTS * PART_BYTES + line * STATES * 4 + piece * KEPT_COPY,
+                                from + line * STATE + piece * (KEPT_COPY / 4), line < live ? KEPT_COPY : 0);
+        }
       }
     };
+    auto fetch_bc = [&](int tile) {
+      const int t0 = w.begin + tile * T;
+      if constexpr (!CONST_B) Projection_B::fetch(shared.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0);
+      if constexpr (!CONST_C) Projection_C::fetch(shared.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0);
+    };
+    auto store_bc = [&](int tile) {
+      const int t0 = w.begin + tile * T;
+      if constexpr (!CONST_B) Projection_B::store(shared.B, shared.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0, B_SCALE);
+      if constexpr (!CONST_C) Projection_C::store(shared.C, shared.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0, 1.f);
+    };
+    // four steps of B or C of this lane's state k
+    auto four = [&](float (&v)[4], const float* tile, int k, int t4) { get(v, tile + (k * LANES + s) * PITCH + t4); };
 
-    const int tiles = (w.end - w.begin + TILE - 1) / TILE;
-    // the states that enter the tiles of a kept span up to its tile `last`, from the one kept
-    auto enter_subtiles = [&](int last, int buffer) {
+    // ---- an item's elements
+    struct Elements {
+      float u[STEPS], dt[STEPS], factor[STEPS], slope[STEPS], dy[STEPS], gate[STEPS];
+    };
+    auto stage = [&](const unsigned char* from, int tile, int c) {
+      const char* const raw = (const char*)from;
+      const float bias = mine.groups[c].constants[lane].x;
+      const int left = steps - tile * T - step;
+      Elements e;
+      auto read_part = [&](float (&v)[STEPS], int part) {
+        read_own(v, raw + part * PART_BYTES, channel, step, [&](int i) { return shift_of(address(part, within(c), DIM_LAYOUT ? step + i : channel, tile * T)); });
+      };
+      read_part(e.u, 0), read_part(e.dt, 1), read_part(e.dy, 2);
+      if (HAS_Z) read_part(e.gate, 3);
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) {
+        const float value = e.dt[i] + bias;
+        const StepSize size = step_size(value);
+        const float slope = step_slope(value) * (DTYPE == 0 ? 1.f : LOG2E * TRUNCATED);
+        const bool real = i < left;
+        e.dt[i] = real ? size.dt : 0.f, e.factor[i] = real ? size.factor : 0.f, e.slope[i] = real ? slope : 0.f;
+        if (HAS_Z) {
+          const float z = e.gate[i], sg = sigmoid(z), silu = z * sg;
+          e.gate[i] = e.dy[i] * fmaf(silu, 1.f - sg, sg);
+          e.dy[i] *= silu;
+        }
+      }
+      return e;
+    };
+    int own_at = channel * T + step;
+    keep(own_at);
+    auto put = [&](float* rows, const Elements& e) {
+      if (!owns) return;
+      float x[STEPS];
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) x[i] = e.u[i] * (DTYPE == 0 ? e.factor[i] : e.dt[i]);
+      float* const to = rows + own_at;
+      set(to + ROW_DT * PER_WARP * T, e.dt), set(to + ROW_X * PER_WARP * T, x), set(to + ROW_DY * PER_WARP * T, e.dy);
+      set(to + ROW_U * PER_WARP * T, e.u), set(to + ROW_SLOPE * PER_WARP * T, e.slope);
+      if (HAS_Z) set(to + ROW_GATE * PER_WARP * T, e.gate);
+    };
+
+    // ---- the end of an item
+    struct Sums {  // over states: quads' first and second pair of steps of Σ G B (x, y) and Σ A g h' (z, w); Σ C h
+      float4 first, second, y;
+    } sums = {};
+    // where this lane's steps of that item lie in du, ddelta, dz, and how many there are
+    i64 out_at = (batch() * p.grad_batch + (ch.first + within(groups) + channel) * p.grad_dim + (w.first + w.begin + tiles * T + step) * p.grad_step) * ITEM -
+                 STRIDE * p.grad_dim * ITEM;  // of the last group, a tile too far: `back` leads to the first item
+    int out_count = 0;
+    if (tid == 0) {
+      const i64 over = STRIDE * p.grad_dim * ITEM, kept_over = STRIDE * STATE * 4;
+      shared.out_jumps[0] = over, shared.out_jumps[1] = -T * p.grad_step * ITEM - (groups - 1) * over;
+      shared.kept_jumps[0] = kept_over, shared.kept_jumps[1] = -p.dim * STATE * 4 - (groups - 1) * kept_over;
+    }
+    __syncthreads();
+    auto finish = [&](const float* rows, int c) {
+      float gb[STEPS], ga[STEPS], y[STEPS], dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
+      const float* const from = rows + own_at;
+      get(dt, from + ROW_DT * PER_WARP * T), get(dy, from + ROW_DY * PER_WARP * T), get(u, from + ROW_U * PER_WARP * T);
+      get(slope, from + ROW_SLOPE * PER_WARP * T);
+      if (HAS_Z) get(gate, from + ROW_GATE * PER_WARP * T);
+      merge(gb, {sums.first.x, sums.first.y, sums.second.x, sums.second.y}, lane);
+      merge(ga, {sums.first.z, sums.first.w, sums.second.z, sums.second.w}, lane);
+      if (HAS_Z) merge(y, {sums.y.x, sums.y.y, sums.y.z, sums.y.w}, lane);
+      const float skip = HAS_D ? mine.groups[c].constants[lane].y : 0.f;
+      float2 total = mine.groups[c].sums[lane];
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) {
+        if (HAS_Z) y[i] = gate[i] * (HAS_D ? fmaf(skip, u[i], y[i] * TRUNCATED) : y[i] * TRUNCATED);  // now dz
+        ga[i] = fmaf(u[i], gb[i], ga[i] * (DTYPE == 0 ? 1.f : LN2)) * slope[i];                       // now ddelta
+        gb[i] *= dt[i] * (DTYPE == 0 ? LN2 : TRUNCATED);                                              // now du
+        if (HAS_D) gb[i] = fmaf(skip, dy[i], gb[i]), total.x = fmaf(dy[i], u[i], total.x);
+        if (HAS_BIAS) total.y += ga[i];  // slope is 0 where nothing exists
+      }
+      mine.groups[c].sums[lane] = total;
+      write_own((scalar*)((char*)p.du + out_at), gb, p.grad_step, out_count);
+      write_own((scalar*)((char*)p.ddelta + out_at), ga, p.grad_step, out_count);
+      if (HAS_Z) write_own((scalar*)((char*)p.dz + out_at), y, p.grad_step, out_count);
+    };
+
+#if CHECKPOINT > TILE
+    // The states that enter the tiles of a kept span up to its tile `last`, from the one kept.
+    auto enter_subtiles = [&](int last) {
       const int top = last % SUBTILES, base = last - top;
-      fetch_enter(enter, w.begin + base * TILE);
-      copies_commit();
-      copies_wait<0>();
+      auto entering = [&](int r, int c) { return shared.enter[(r * WARPS + warp) * GROUPS + c][lane]; };
+#pragma unroll 1
+      for (int c = 0; c < groups; c++) {
+        const i64 d = ch.first + within(c) + channel;
+        float h[PER];
+#pragma unroll
+        for (int k = 0; k < PER; k++)
+          h[k] = exists(c) && s * PER + k < STATE ? p.states[((w.states + w.begin / CHECKPOINT + base / SUBTILES) * p.dim + d) * STATE + s * PER + k] : 0.f;
+        set(entering(0, c), h);
+      }
+      float* const dt_row = shared.early[warp][0][channel];
+      float* const x_row = shared.early[warp][1][channel];
 #pragma unroll 1
       for (int r = 0; r < top; r++) {
-        const int t0 = w.begin + (base + r) * TILE;
-        const Own o = own();
-        const Extent n = extent(o, t0);
-        Raw ru, rd;
-        load(ru, OWN_AT(u, t0), p.u_step, n);
-        load(rd, OWN_AT(delta, t0), p.delta_step, n);
         __syncthreads();
-#pragma unroll
-        for (int c = 0; c < OWN_C; c++) {
-          if (!o.any) continue;
-          const float bias = HAS_BIAS ? per_channel(p.delta_bias, o, c) : 0.f;
-          float step[OWN_T], x[OWN_T];
-#pragma unroll
-          for (int t = 0; t < OWN_T; t++) {
-            step[t] = step_size(rd.at(c, t) + bias);
-            x[t] = step[t] * ru.at(c, t);
-            step[t] = to_log2(step[t]);
-          }
-          tile_write(dt_tile, o.channel + c, o.step, step);
-          tile_write(x_tile, o.channel + c, o.step, x);
-        }
         if constexpr (!CONST_B) {
-          Projection<B_AXIS, B_ALIGNED> now_B;
-          now_B.load(ROW_AT(B, t0), p.B_state, p.B_step, TILE);
-          now_B.store(bc_tile + buffer * 2 * BC_FLOATS);
+          typedef Projection<B_AXIS, 0> Now;
+          const int t0 = w.begin + (base + r) * T;
+          Now::store(shared.B, nullptr, row_B(), p.B_state, p.B_step, t0, T, B_SCALE);
         }
+        float next_u[STEPS], next_delta[STEPS];
+        auto load = [&](int c) {
+          const i64 d = exists(c) ? ch.first + within(c) + channel : ch.first;
+#pragma unroll
+          for (int i = 0; i < STEPS; i++) {
+            const i64 at = w.first + w.begin + (base + r) * T + step + i, row = batch();
+            next_u[i] = to_float(__ldg((const scalar*)p.u + row * p.u_batch + d * p.u_dim + at * p.u_step));
+            next_delta[i] = to_float(__ldg((const scalar*)p.delta + row * p.delta_batch + d * p.delta_dim + at * p.delta_step));
+          }
+        };
+        load(0);
         __syncthreads();
 #pragma unroll 1
-        for (int c = 0; c < GROUPS; c++) {
-          const int channel = (c * WARPS + warp) * PER_WARP + lane / LANES, at = channel * STATES + s * PER;
-          float b_const[PER], h[PER];
-          constant_of(p.B, CONST_B, channel, b_const);
+        for (int c = 0; c < groups; c++) {
+          const float bias = mine.groups[c].constants[lane].x;
+          float dt[STEPS], x[STEPS], h[PER], A[PER];
 #pragma unroll
-          for (int k = 0; k < PER; k++) h[k] = enter[r * STATE_FLOATS + at + k];
+          for (int i = 0; i < STEPS; i++) {
+            const StepSize size = step_size(next_delta[i] + bias);
+            dt[i] = size.dt, x[i] = exists(c) ? next_u[i] * size.factor : 0.f;
+          }
+          if (c + 1 < groups) load(c + 1);
+          __syncwarp();
+          if (owns) set(dt_row + step, dt), set(x_row + step, x);
+          get(h, entering(r, c)), get(A, mine.groups[c].rates[lane]);
+          __syncwarp();
 #pragma unroll
-          for (int t4 = 0; t4 < TILE; t4 += 4) {
-            const float4 dq = *(const float4*)(dt_tile + tile_at(channel, t4)), xq = *(const float4*)(x_tile + tile_at(channel, t4));
-            const float dt[4] = {dq.x, dq.y, dq.z, dq.w}, x[4] = {xq.x, xq.y, xq.z, xq.w};
+          for (int t4 = 0; t4 < T; t4 += 4) {
+            float dt4[4], x4[4];
+            get(dt4, dt_row + t4), get(x4, x_row + t4);
 #pragma unroll
             for (int k = 0; k < PER; k++) {
               float b[4];
-              four(b, bc_tile + buffer * 2 * BC_FLOATS, b_const[k], CONST_B, s, k, t4);
+              if constexpr (CONST_B) b[0] = b[1] = b[2] = b[3] = shared.fixed_B[warp * GROUPS + c][0][lane][k];
+              else four(b, shared.B, k, t4);
 #pragma unroll
-              for (int t = 0; t < 4; t++) h[k] = fmaf(decay_of(dt[t], rate[at + k]), h[k], x[t] * b[t]);
+              for (int j = 0; j < 4; j++) h[k] = fmaf(decay_of(dt4[j], A[k]), h[k], x4[j] * b[j]);
             }
           }
-#pragma unroll
-          for (int k = 0; k < PER; k++) enter[(r + 1) * STATE_FLOATS + at + k] = h[k];
+          set(entering(r + 1, c), h);
         }
       }
       __syncthreads();
     };
+#endif
 
-    int buffer = 0, stage = 0;
-    if (tiles > 0) {
-      fetch(0, tiles - 1);
-      if (SUBTILES == 1) fetch_enter(enter + ((tiles - 1) & 1) * STATE_FLOATS, w.begin + (tiles - 1) * TILE);
-      copies_commit();
-      if (tiles > 1) {
-        fetch(1, tiles - 2);
-        if (SUBTILES == 1) fetch_enter(enter + (tiles & 1) * STATE_FLOATS, w.begin + (tiles - 2) * TILE);
+    // ---- the walk
+    int ahead_tile = tiles - 1, ahead_c = 0;  // the item to be copied next
+    const char* ahead_from[KEPT_ROUNDS ? KEPT_ROUNDS : 1];    // this lane's pieces of it
+    const char* ahead_kept = (const char*)(p.states + ((w.states + w.begin / CHECKPOINT + ahead_tile) * p.dim + ch.first + within(0)) * STATE);
+    if constexpr (KEPT_ROUNDS > 0) {
+#pragma unroll
+      for (int r = 0; r < KEPT_ROUNDS; r++) {
+        const int i = lane + r * 32 < COPIES ? lane + r * 32 : 0;
+        const int part = i / (LINES * PIECES), line = i / PIECES % LINES;
+        const char* const from = address(part, within(0), line, ahead_tile * T);
+        ahead_from[r] = from + i % PIECES * COPY;
+        const i64 over = address(part, within(1), line, ahead_tile * T) - from;
+        const i64 back = address(part, within(0), line, (ahead_tile - 1) * T) - from - (groups - 1) * over;
+        mine.jumps[r][lane][0] = over, mine.jumps[r][lane][1] = back;
+      }
+    }
+    auto fetch_next = [&](int slot) {
+      unsigned char* const to = mine.ring[slot];
+      if constexpr (KEPT_ROUNDS == 0) {
+        if (ahead_tile >= 0) fetch_item(to, ahead_tile, ahead_c);
+      } else {
+        const int left = ahead_tile < 0 ? 0 : steps - ahead_tile * T, live = count - within(ahead_c);
+        auto copy_all = [&](auto copy) {  // copy<WIDTH>(to, from, line, piece)
+#pragma unroll
+          for (int r = 0; r < KEPT_ROUNDS; r++) {
+            const int i = lane + r * 32;
+            copy(Number<COPY>(), COPIES % 32 == 0 || i < COPIES, to + i * COPY, ahead_from[r], bytes_of(i / PIECES % LINES, i % PIECES, left, live));
+          }
+          if constexpr (SUBTILES == 1) {
+#pragma unroll
+            for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
+              const int i = lane + r * 32, line = i / KEPT_PIECES;
+              const int at = STATES == STATE ? i * KEPT_COPY : line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
+              copy(Number<KEPT_COPY>(), PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES, to + PARTS * PART_BYTES + at,
+                   ahead_kept + i * KEPT_COPY, line < live && left > 0 ? KEPT_COPY : 0);
+            }
+          }
+        };
+        if (__all_sync(0xffffffffu, left >= T && live >= PER_WARP))
+          copy_all([](auto width, bool mine, void* to, const void* from, int) { copy_async_if<decltype(width)::value>(mine, to, from); });
+        else
+          copy_all([](auto width, bool mine, void* to, const void* from, int bytes) {
+            if (mine) copy_async<decltype(width)::value>(to, from, bytes);
+          });
       }
       copies_commit();
-      if (EARLY) fetch_bc(tiles - 1);
-      __syncthreads();
-      if (SUBTILES > 1) enter_subtiles(tiles - 1, 0);
-      copies_wait<1>();
-      stage_tile(0, tiles - 1);
-      stage_bc(0, tiles - 1);
+      const bool wrap = ++ahead_c == groups;
+#pragma unroll
+      for (int r = 0; r < KEPT_ROUNDS; r++) ahead_from[r] += mine.jumps[r][lane][wrap];
+      ahead_kept += shared.kept_jumps[wrap];
+      if (wrap) ahead_c = 0, ahead_tile--;
+    };
+    unsigned slot_at = 0;
+    int which = 0;  // of the item at hand: in the ring, in `elements`
+    if (tiles > 0) {
+      fetch_bc(tiles - 1);
+#pragma unroll 1
+      for (int i = 0; i < RING - 1; i++) fetch_next(i);
+      copies_wait<RING - 2>();
+      __syncwarp();
+      put(&mine.elements[0][0][0][0], stage(mine.ring[0], tiles - 1, 0));
+      for (int i = lane; i < ROWS * PER_WARP * T; i += 32) (&mine.elements[1][0][0][0])[i] = 0.f;  // finished first, to be overwritten
     }
 #pragma unroll 1
-    for (int tile = tiles - 1; tile >= 0; tile--, buffer ^= 1, stage ^= 1) {
-      const int t0 = w.begin + tile * TILE;
-      if (EARLY && tile > 0) fetch_bc(tile - 1);
+    for (int tile = tiles - 1; tile >= 0; tile--) {
+#if CHECKPOINT > TILE
+      if (tile == tiles - 1 || tile % SUBTILES == SUBTILES - 1) enter_subtiles(tile);
+#endif
+      copies_wait<0>();
+      store_bc(tile);
       __syncthreads();
+      if (tile > 0) fetch_bc(tile - 1);
 
-      // ---- sweep; what follows from the thread's index is computed anew in each tile, see here()
-      const int thread = tid + here(), lane = thread & 31, warp = thread >> 5, s = lane % LANES;
-      const int groups = (ch.count - warp * PER_WARP + WARPS * PER_WARP - 1) / (WARPS * PER_WARP);  // that exist
-      float acc_B[VALUES], acc_C[VALUES];
+      float sum_B[PER][T], sum_C[PER][T];  // dB and dC
 #pragma unroll
-      for (int i = 0; i < VALUES; i++) acc_B[i] = acc_C[i] = 0.f;
-      const float* const b_tile = bc_tile + buffer * 2 * BC_FLOATS;
-      const float* const c_tile = b_tile + BC_FLOATS;
-      const float* const entering = enter + (SUBTILES == 1 ? tile & 1 : tile % SUBTILES) * STATE_FLOATS;
+      for (int k = 0; k < PER; k++)
+#pragma unroll
+        for (int t = 0; t < T; t++) sum_B[k][t] = sum_C[k][t] = 0.f;
+
 #pragma unroll 1
       for (int c = 0; c < groups; c++) {
-        const int channel = (c * WARPS + warp) * PER_WARP + lane / LANES, at = channel * STATES + s * PER;
-        float A[PER], h[PER], g[PER], dA[PER], b_const[PER], c_const[PER], dB_const[PER], dC_const[PER];
+        copies_wait<RING - 3>();
+        __syncwarp();
+        fetch_next((slot_at + RING - 1) % RING);
+        const float* const rows = &mine.elements[which][0][0][0] + channel * T;
+        float* const others = &mine.elements[which ^ 1][0][0][0];
+        const int before_c = c == 0 ? groups - 1 : c - 1, after_c = c == groups - 1 ? 0 : c + 1;
+        const float* const kept = SUBTILES == 1 ? (const float*)(mine.ring[slot_at] + PARTS * PART_BYTES) + channel * STATES + s * PER
+                                                : shared.enter[SUBTILES > 1 ? (tile % SUBTILES * WARPS + warp) * GROUPS + c : 0][SUBTILES > 1 ? lane : 0];
+        slot_at = (slot_at + 1) % RING;
+        float A[PER], h[PER], b_fixed[PER], c_fixed[PER];
+        get(A, mine.groups[c].rates[lane]), get(h, kept);
+        if constexpr (CONST_B) get(b_fixed, shared.fixed_B[warp * GROUPS + c][0][lane]);
+        if constexpr (CONST_C) get(c_fixed, shared.fixed_C[warp * GROUPS + c][0][lane]);
+
+        finish(others, before_c);
+        out_at += shared.out_jumps[c == 0];
+        out_count = owns && exists(c) ? steps - tile * T - step : 0;
+        const Elements next = stage(mine.ring[slot_at], after_c == 0 ? tile - 1 : tile, after_c);
+
+        // ---- forward
+        float decay[PER][T], before[PER][T];
 #pragma unroll
-        for (int k = 0; k < PER; k++) A[k] = rate[at + k], h[k] = entering[at + k], g[k] = carry[at + k], dA[k] = 0.f;
-        constant_of(p.B, CONST_B, channel, b_const);
-        constant_of(p.C, CONST_C, channel, c_const);
-#pragma unroll
-        for (int k = 0; k < PER; k++) dB_const[k] = CONST_B ? sum_B[at + k] : 0.f, dC_const[k] = CONST_C ? sum_C[at + k] : 0.f;
-        float before[PER][TILE], decay[PER][TILE];
-#pragma unroll
-        for (int t4 = 0; t4 < TILE; t4 += 4) {
-          const float4 dq = *(const float4*)(dt_tile + tile_at(channel, t4)), xq = *(const float4*)(x_tile + tile_at(channel, t4));
-          const float dt[4] = {dq.x, dq.y, dq.z, dq.w}, x[4] = {xq.x, xq.y, xq.z, xq.w};
+        for (int t4 = 0; t4 < T; t4 += 4) {
+          float dt[4], x[4];
+          get(dt, rows + ROW_DT * PER_WARP * T + t4), get(x, rows + ROW_X * PER_WARP * T + t4);
 #pragma unroll
           for (int k = 0; k < PER; k++) {
             float b[4];
-            four(b, b_tile, b_const[k], CONST_B, s, k, t4);
+            if constexpr (CONST_B) b[0] = b[1] = b[2] = b[3] = b_fixed[k];
+            else four(b, shared.B, k, t4);
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
-              before[k][t4 + t] = h[k];
-              decay[k][t4 + t] = decay_of(dt[t], A[k]);
-              h[k] = fmaf(decay[k][t4 + t], h[k], x[t] * b[t]);
+            for (int j = 0; j < 4; j++) {
+              before[k][t4 + j] = h[k];
+              decay[k][t4 + j] = decay_of(dt[j], A[k]);
+              h[k] = fmaf(decay[k][t4 + j], h[k], x[j] * b[j]);
             }
           }
         }
+        put(others, next);
+        if (FENCED) __syncwarp();
+
+        // ---- backward
+        float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER], largest = 0.f;
+        get(carried, mine.groups[c].carried[lane]);
 #pragma unroll
-        for (int g0 = TILE - G; g0 >= 0; g0 -= G) {
-          float gb[G], ga[G], y[G];
+        for (int k = 0; k < PER; k++) g[k] = carried[k], dA[k] = dB_fixed[k] = dC_fixed[k] = 0.f, largest += fabsf(h[k]);
+        sums = {};
 #pragma unroll
-          for (int q = G - 4; q >= 0; q -= 4) {
-            const int t4 = g0 + q;
-            const float4 dq = *(const float4*)(dt_tile + tile_at(channel, t4)), xq = *(const float4*)(x_tile + tile_at(channel, t4)),
-                         yq = *(const float4*)(dy_tile + tile_at(channel, t4));
-            const float dt[4] = {dq.x, dq.y, dq.z, dq.w}, x[4] = {xq.x, xq.y, xq.z, xq.w}, dy[4] = {yq.x, yq.y, yq.z, yq.w};
+        for (int t4 = T - 4; t4 >= 0; t4 -= 4) {
+          float dt[4], x[4], dy[4], b[PER][4], cc[PER][4], gb[4], ga[4], y[4];
+          get(dt, rows + ROW_DT * PER_WARP * T + t4), get(x, rows + ROW_X * PER_WARP * T + t4), get(dy, rows + ROW_DY * PER_WARP * T + t4);
+          const float2 pattern = mine.pattern[t4 / 4][lane];
 #pragma unroll
-            for (int t = 0; t < 4; t++) gb[q + t] = ga[q + t] = y[q + t] = 0.f;
+          for (int k = 0; k < PER; k++) {
+            if constexpr (CONST_B) b[k][0] = b[k][1] = b[k][2] = b[k][3] = b_fixed[k];
+            else four(b[k], shared.B, k, t4);
+            if constexpr (CONST_C) cc[k][0] = cc[k][1] = cc[k][2] = cc[k][3] = c_fixed[k];
+            else four(cc[k], shared.C, k, t4);
+          }
+#pragma unroll
+          for (int j = 3; j >= 0; j--) {
+            const int t = t4 + j;
 #pragma unroll
             for (int k = 0; k < PER; k++) {
-              float b[4], cc[4];
-              four(b, b_tile, b_const[k], CONST_B, s, k, t4);
-              four(cc, c_tile, c_const[k], CONST_C, s, k, t4);
-#pragma unroll
-              for (int t = 3; t >= 0; t--) {
-                const int i = k * TILE + t4 + t;
-                if (CONST_C) dC_const[k] = fmaf(dy[t], h[k], dC_const[k]);
-                else acc_C[i] = fmaf(dy[t], h[k], acc_C[i]);
-                if (HAS_Z) y[q + t] = fmaf(cc[t], h[k], y[q + t]);
-                h[k] = before[k][t4 + t];
-                const float adjoint = fmaf(cc[t], dy[t], g[k]);
-                gb[q + t] = fmaf(adjoint, b[t], gb[q + t]);
-                if (CONST_B) dB_const[k] = fmaf(adjoint, x[t], dB_const[k]);
-                else acc_B[i] = fmaf(adjoint, x[t], acc_B[i]);
-                g[k] = decay[k][t4 + t] * adjoint;
-                const float through = g[k] * h[k];
-                ga[q + t] = fmaf(A[k], through, ga[q + t]);
-                dA[k] = fmaf(dt[t], through, dA[k]);
-              }
+              if (HAS_Z) y[j] = k == 0 ? cc[0][j] * h[0] : fmaf(cc[k][j], h[k], y[j]);
+              if constexpr (CONST_C) dC_fixed[k] = fmaf(dy[j], h[k], dC_fixed[k]);
+              else sum_C[k][t] = fmaf(dy[j], h[k], sum_C[k][t]);
+              h[k] = before[k][t];
+              const float adjoint = fmaf(cc[k][j], dy[j], g[k]);
+              gb[j] = k == 0 ? adjoint * b[0][j] : fmaf(adjoint, b[k][j], gb[j]);
+              if constexpr (CONST_B) dB_fixed[k] = fmaf(adjoint, x[j], dB_fixed[k]);
+              else sum_B[k][t] = fmaf(adjoint, x[j], sum_B[k][t]);
+              g[k] = decay[k][t] * adjoint;
+              const float through = g[k] * h[k];
+              ga[j] = k == 0 ? A[0] * through : fmaf(A[k], through, ga[j]);
+              dA[k] = fmaf(dt[j], through, dA[k]);
             }
           }
-          reduce_steps(gb, lane);
-          reduce_steps(ga, lane);
-          if (HAS_Z) reduce_steps(y, lane);
-          __syncwarp();
-          constexpr int MINE = LANES < G ? G / LANES : 1;
-          const int first = g0 + first_step<G>(s);
+          sum_lanes(sums.first, gb[0], gb[1], ga[0], ga[1], pattern);
+          sum_lanes(sums.second, gb[2], gb[3], ga[2], ga[3], pattern);
+          if (HAS_Z) sum_lanes(sums.y, y[0], y[1], y[2], y[3], pattern);
+          if (FENCED) __syncwarp();
+        }
 #pragma unroll
-          for (int t = 0; t < MINE; t++) {
-            int to = tile_at(channel, first + t);
-            dt_tile[to] = gb[t];
-            x_tile[to] = ga[t];
-            if (HAS_Z) dy_tile[to] = y[t];
+        for (int k = 0; k < PER; k++) largest += fabsf(g[k]);
+
+        // what is not finite stays so: in h up to the tile's end, in g down to its start
+        if (!__all_sync(0xffffffffu, is_finite(largest))) {
+          sums = {};
+#pragma unroll
+          for (int k = 0; k < PER; k++) g[k] = carried[k];
+#pragma unroll 1
+          for (int t = T - 1; t >= 0; t--) {
+            float gb = 0.f, ga = 0.f, y = 0.f;
+#pragma unroll
+            for (int k = 0; k < PER; k++) {
+              const float* const b_line = shared.B + (k * LANES + s) * PITCH;
+              auto b_at = [&](int i) { return CONST_B ? b_fixed[k] : b_line[i]; };
+              float from = kept[k], to = from, e = 1.f;
+#pragma unroll 1
+              for (int i = 0; i <= t; i++) {
+                from = to, e = decay_of(rows[ROW_DT * PER_WARP * T + i], A[k]);
+                to = fmaf(e, from, rows[ROW_X * PER_WARP * T + i] * b_at(i));
+              }
+              const float cc = CONST_C ? c_fixed[k] : shared.C[(k * LANES + s) * PITCH + t];
+              const float adjoint = fmaf(cc, rows[ROW_DY * PER_WARP * T + t], g[k]);
+              g[k] = e * adjoint;
+              gb = fmaf(adjoint, b_at(t), gb), ga = fmaf(A[k], g[k] * from, ga), y = fmaf(cc, to, y);
+            }
+#pragma unroll
+            for (int m = 1; m < LANES; m <<= 1) {
+              gb += __shfl_xor_sync(0xffffffffu, gb, m), ga += __shfl_xor_sync(0xffffffffu, ga, m);
+              if (HAS_Z) y += __shfl_xor_sync(0xffffffffu, y, m);
+            }
+            if (owns && t >= step && t < step + STEPS) {
+              if (t % 4 == 0) sums.first.x = gb, sums.first.z = ga, sums.y.x = y;
+              if (t % 4 == 1) sums.first.y = gb, sums.first.w = ga, sums.y.y = y;
+              if (t % 4 == 2) sums.second.x = gb, sums.second.z = ga, sums.y.z = y;
+              if (t % 4 == 3) sums.second.y = gb, sums.second.w = ga, sums.y.w = y;
+            }
           }
         }
 #pragma unroll
-        for (int k = 0; k < PER; k++) {
-          carry[at + k] = g[k];
-          sum_A[at + k] += dA[k];  // a tile at a time: long sums lose less
-          if (CONST_B) sum_B[at + k] = dB_const[k];
-          if (CONST_C) sum_C[at + k] = dC_const[k];
+        for (int k = 0; k < PER; k++) carried[k] = g[k], carried[PER + k] += dA[k];  // a tile at a time: long sums lose less
+        set(mine.groups[c].carried[lane], carried);
+        if constexpr (CONST_B) {
+          float* const at = shared.fixed_B[warp * GROUPS + c][1][lane];
+#pragma unroll
+          for (int k = 0; k < PER; k++) at[k] += dB_fixed[k];
         }
+        if constexpr (CONST_C) {
+          float* const at = shared.fixed_C[warp * GROUPS + c][1][lane];
+#pragma unroll
+          for (int k = 0; k < PER; k++) at[k] += dC_fixed[k];
+        }
+        which ^= 1;
       }
 
-      // ---- flush dB, dC
-      const int q0 = VALUES >= PER_WARP ? lane / LANES * LEFT : lane / LANES / (PER_WARP / (VALUES < PER_WARP ? VALUES : PER_WARP));
-      auto flush_one = [&](float (&v)[VALUES], int which) {
-        reduce_channels(v, lane);
+      // ---- dB and dC of the tile: summed over the block's channels, then to device memory
+      if constexpr (FLUSHED > 0) {
 #pragma unroll
-        for (int i = 0; i < LEFT; i++) {
-          int value = q0 + i;
-          flush[((warp * 2 + which) * STATES + s * PER + value / TILE) * TILE + value % TILE] = v[i];
-        }
-      };
-      if (!CONST_B) flush_one(acc_B, 0);
-      if (!CONST_C) flush_one(acc_C, 1);
-      __syncthreads();
-      for (int i = tid; i < 2 * STATES * QUADS; i += THREADS) {
-        const int which = i / (STATES * QUADS), n = i / QUADS % STATES, t = i % QUADS * 4;
-        if ((which ? CONST_C : CONST_B) || n >= STATE) continue;
+        for (int k = 0; k < PER; k++)
+#pragma unroll
+          for (int q = 0; q < QUADS_; q++) {
+            if constexpr (!CONST_B)
+              shared.flushed[warp][k * QUADS_ + q][lane] = make_float4(sum_B[k][4 * q], sum_B[k][4 * q + 1], sum_B[k][4 * q + 2], sum_B[k][4 * q + 3]);
+            if constexpr (!CONST_C)
+              shared.flushed[warp][(CONST_B ? 0 : PER * QUADS_) + k * QUADS_ + q][lane] =
+                  make_float4(sum_C[k][4 * q], sum_C[k][4 * q + 1], sum_C[k][4 * q + 2], sum_C[k][4 * q + 3]);
+          }
+      }
+      __syncthreads();  // and nobody needs B and C any more
+#pragma unroll 1
+      for (int i = tid; i < FLUSHED * LANES; i += THREADS) {
+        const int j = i / LANES, slice = i % LANES;
         float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int k = 0; k < WARPS; k++) {
-          const float4 a = *(const float4*)(flush + ((k * 2 + which) * STATES + n) * TILE + t);
-          v.x += a.x, v.y += a.y, v.z += a.z, v.w += a.w;
-        }
-        const i64 within = PARTIALS ? block % (p.blocks / p.groups) * p.bc_partial : 0;
-        float* to = (which ? p.dC : p.dB) + within + (((i64)batch * p.groups + ch.group) * STATE + n) * p.length + w.first + t0 + t;
-        deposit(to, v, w.end - t0 - t);
-      }
-
-      finish_tile(stage, tile);
-      if (tile > 0) {
-        if (SUBTILES > 1 && tile % SUBTILES == 0) enter_subtiles(tile - 1, buffer ^ 1);
-        copies_wait<0>();
-        stage_tile(stage ^ 1, tile - 1);
-        stage_bc(buffer ^ 1, tile - 1);
-        if (tile > 1) {
-          fetch(stage, tile - 2);
-          if (SUBTILES == 1) fetch_enter(enter + (tile & 1) * STATE_FLOATS, w.begin + (tile - 2) * TILE);
-        }
-        copies_commit();
+        for (int r = 0; r < WARPS; r++)
+#pragma unroll
+          for (int o = 0; o < PER_WARP; o++) {
+            const float4 a = shared.flushed[r][j][o * LANES + slice];
+            v.x += a.x, v.y += a.y, v.z += a.z, v.w += a.w;
+          }
+        const bool of_C = CONST_B || j >= PER * QUADS_;
+        const int n = slice * PER + j / QUADS_ % PER, t = j % QUADS_ * 4;
+        const float scale = of_C || DTYPE == 0 ? 1.f : LN2;
+        v = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+        float* const to = (of_C ? p.dC : p.dB) + (PARTIALS ? task.block % (p.blocks / p.groups) * p.bc_partial : 0) +
+                          (((i64)batch() * p.groups + ch.group) * STATE + n) * p.length + w.first + w.begin + tile * T + t;
+        deposit(to, v, n < STATE ? steps - tile * T - t : 0);
       }
     }
 
     // ---- what is summed over the whole span
-    __syncthreads();
-    const i64 part = PARTIALS ? slot * p.dim : 0;
-    for (int i = tid; i < STATE_FLOATS; i += THREADS) {
-      int c = i / STATES, n = i - c * STATES;
-      if (c >= ch.count || n >= STATE) continue;
-      i64 at = (i64)(ch.first + c) * STATE + n;
-      deposit(p.dA + part * STATE + at, LN2 * sum_A[i]);  // dt in the sum was Δ log2(e)
-      if (CONST_B) deposit(p.dB + part * STATE + at, sum_B[i]);
-      if (CONST_C) deposit(p.dC + part * STATE + at, sum_C[i]);
-      if (w.split == 0) {
-        if (p.dinitial_state) p.dinitial_state[(i64)w.row * p.dim * STATE + at] = carry[i];
-      } else if (CHAIN) {
-        __stcg(p.span_end + (slot - 1) * p.dim * STATE + at, carry[i]);
-      }
+    if (tiles > 0) {
+      __syncwarp();
+      finish(&mine.elements[which ^ 1][0][0][0], groups - 1);
     }
-    if (HAS_D || HAS_BIAS) {
-      constexpr int SHARERS = TILE / OWN_T;  // threads that share a channel
-      const Own o = own();
-      float* const sums = dt_tile;
-#pragma unroll
-      for (int c = 0; c < OWN_C; c++) {
-        if (!o.any) continue;
-        int at = (o.channel + c) * SHARERS + o.step / OWN_T;
-        sums[at] = sum_D[c];
-        sums[CHANNELS * SHARERS + at] = sum_bias[c];
-      }
-      __syncthreads();
-      for (int c = tid; c < ch.count; c += THREADS) {
-        float a = 0.f, b = 0.f;
+    copies_wait<0>();
+    const i64 part = PARTIALS ? task.slot * p.dim : 0;
 #pragma unroll 1
-        for (int k = 0; k < SHARERS; k++) a += sums[c * SHARERS + k], b += sums[(CHANNELS + c) * SHARERS + k];
-        if (HAS_D) deposit(p.dD + part + ch.first + c, a);
-        if (HAS_BIAS) deposit(p.ddelta_bias + part + ch.first + c, b);
+    for (int c = 0; c < groups; c++) {
+      const int d = ch.first + within(c) + channel;
+      float2 total = owns ? mine.groups[c].sums[lane] : make_float2(0.f, 0.f);
+#pragma unroll
+      for (int m = 1; m < LANES; m <<= 1) {
+        total.x += __shfl_xor_sync(0xffffffffu, total.x, m);
+        total.y += __shfl_xor_sync(0xffffffffu, total.y, m);
+      }
+      if (!exists(c)) continue;
+      if (HAS_D && s == 0) deposit(p.dD + part + d, total.x);
+      if (HAS_BIAS && s == 0) deposit(p.ddelta_bias + part + d, total.y);
+#pragma unroll
+      for (int k = 0; k < PER; k++) {
+        const int n = s * PER + k;
+        if (n >= STATE) break;
+        const i64 at = (i64)d * STATE + n;
+        const float g = mine.groups[c].carried[lane][k];
+        deposit(p.dA + part * STATE + at, LN2 * mine.groups[c].carried[lane][PER + k]);  // dt in the sum was Δ log2(e)
+        if constexpr (CONST_B) deposit(p.dB + part * STATE + at, shared.fixed_B[warp * GROUPS + c][1][lane][k] * (DTYPE == 0 ? 1.f : LN2));
+        if constexpr (CONST_C) deposit(p.dC + part * STATE + at, shared.fixed_C[warp * GROUPS + c][1][lane][k]);
+        if (w.split == 0) {
+          if (p.dinitial_state) p.dinitial_state[(i64)w.row * p.dim * STATE + at] = g;
+        } else if (CHAIN) {
+          __stcg(p.span_end + (task.slot - 1) * p.dim * STATE + at, g);
+        }
       }
     }
 #if CHAIN
-    copies_wait<0>();
     if (w.split > 0) {
       __threadfence();
       __syncthreads();
-      if (tid == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(ready - p.blocks), "r"(1) : "memory");
+      int* const ready = (int*)p.tickets + 1 + (task.slot - 1) * p.blocks + task.block;
+      if (tid == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(ready), "r"(1) : "memory");
     }
 #endif
   }

@@ -1,18 +1,22 @@
 // Shared device helpers of the selective-scan kernels: types, math, where a block's row lies, and how tiles of
-// u, delta, z (channels x time) and of B, C (states x time) come from device memory.
+// u, delta, z (channels x time) and of B, C (time x states) come from device memory.
 //
 // Every file that includes this is specialised by defines (backends/cuda.py writes them):
 //   DTYPE 0 float32, 1 bfloat16, 2 float16     STATE   states of a channel (N)
 //   LANES  lanes that share a channel (S)      WARPS   warps of a block
-//   TILE   steps of a tile (T)                 GROUPS  channel groups that a warp walks one after the other (1 forward)
+//   TILE   steps of a tile (T)                 GROUPS  groups of channels that a warp walks in turn, backward only
+//   CHECKPOINT  the state that enters every CHECKPOINT-th step of a row is kept; 0: none
+//   POLYNOMIAL  of 32 exponentials, how many the FMA pipe computes (16-bit data only)
 //   DIM_LAYOUT 1: u, delta, z, out are dim-contiguous, 0: length-contiguous
 //   ALIGNED 1: every vector of u, delta, z, out may be moved as one access
 //   B_AXIS, C_AXIS 0: B, C length-contiguous, 1: state-contiguous; B_ALIGNED, C_ALIGNED as ALIGNED
 //   CONST_B, CONST_C, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, PACKED: the problem's flags
 // and by the struct Params, which cuda.py generates from the list of fields that it fills.
 //
-// A lane holds PER = ceil(N / S) states n = s*PER .. s*PER + PER-1 of its channel, s = lane % S. States beyond N and
-// channels beyond dim are computed on zeros and never stored; steps beyond the end have Δ = 0, which leaves h alone.
+// A warp holds PER_WARP = 32 / S channels at a time. Lane l holds PER = ceil(N / S) states n = s*PER .. s*PER + PER-1 of
+// channel l % PER_WARP, s = l / PER_WARP. So neighbouring lanes read B and C at one address, which shared memory serves
+// twice as fast as many. States beyond N and channels beyond dim are computed on zeros and never stored; steps beyond
+// the end have Δ = 0, which leaves h alone.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -24,13 +28,13 @@ constexpr int STATES = PER * LANES;               // N, padded
 constexpr int THREADS = WARPS * 32;
 constexpr int PER_WARP = 32 / LANES;                      // channels a warp holds at a time
 constexpr int CHANNELS = WARPS * PER_WARP * GROUPS;       // channels of a block
-constexpr int OWN = CHANNELS * TILE < THREADS ? 1 : CHANNELS * TILE / THREADS;  // elements a thread loads and stores
 constexpr int ITEM = DTYPE == 0 ? 4 : 2;                  // bytes of an element
-constexpr int OWN_C = DIM_LAYOUT && ITEM == 2 && OWN >= 2 && CHANNELS >= 2 ? 2 : 1;  // channels among them
-constexpr int OWN_T = OWN / OWN_C;                        // steps among them
+// elements of a warp's tile that a lane loads and stores: OWN_C channels x OWN_T steps
+constexpr int OWN = PER_WARP * TILE < 32 ? 1 : PER_WARP * TILE / 32;
+constexpr int OWN_C = DIM_LAYOUT && ITEM == 2 && OWN >= 2 && PER_WARP >= 2 ? 2 : 1;
+constexpr int OWN_T = OWN / OWN_C;
 constexpr int WORDS = (OWN * ITEM + 3) / 4;               // registers that hold them
-constexpr int PITCH = TILE + 4;                           // floats between rows of a B or C tile: no bank conflicts
-constexpr bool ALL_OWN = CHANNELS * TILE >= THREADS;      // else the last threads own nothing
+constexpr bool ALL_OWN = PER_WARP * TILE >= 32;           // else the last lanes own nothing
 static_assert(OWN_T <= TILE && (OWN_T < 4 ? OWN_T != 3 : OWN_T % 4 == 0) && 32 % LANES == 0 && TILE % 4 == 0, "invalid configuration");
 
 #if DTYPE == 0
@@ -85,12 +89,19 @@ DEVICE int here() {
   asm volatile("mov.s32 %0, 0;" : "=r"(zero));
   return zero;
 }
+// A register for v, which is not computed anew at each use.
+DEVICE void keep(int& v) { asm volatile("" : "+r"(v)); }
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
 
-// Δ log2(e), so that exp(Δ A) = 2^(Δ log2(e) A). In two parts: one float32 constant is off by 1.3e-8, the same way at
-// every step, which would add up over a long growing or slowly decaying row; so would a rounded A log2(e).
-DEVICE float to_log2(float dt) { return fmaf(dt, 1.4375f, dt * 0.0051950408889634f); }
-// exp(Δ A) of dt = Δ log2(e). The special-function unit is off by up to 1.2e-7 of its result, which adds up over the
+// 2^x for x = dt*A <= 126 on the FMA pipe: nearest integer by a large addend, a polynomial for the rest.
+DEVICE float ex2_polynomial(float dt, float A) {
+  constexpr float LARGE = 12582912.f;  // 1.5 * 2^23
+  const float whole = fmaxf(fmaf(dt, A, LARGE), LARGE - 126.f), f = fmaf(dt, A, LARGE - whole);
+  float p = fmaf(f, 9.560515862e-3f, 5.583417042e-2f);
+  p = fmaf(p, f, 2.402432282e-1f), p = fmaf(p, f, 6.931372437e-1f), p = fmaf(p, f, 1.f);
+  return __int_as_float(__float_as_int(p) + (__float_as_int(whole) << 23));
+}
+// exp(ΔA) of dt = Δ log2(e). The special-function unit is off by up to 1.2e-7 of its result, which adds up over the
 // many steps that a slow decay remembers; float32 data therefore take a polynomial where the exponent is small.
 DEVICE float decay_of(float dt, float A) {
   const float x = dt * A, fast = ex2(x);
@@ -112,34 +123,50 @@ DEVICE float exp_neg_abs(float x) {
 #endif
   return e;
 }
-// log(1 + e) for 0 <= e <= 1 as 2 artanh(e / (2 + e)): accurate relative to the result, however small e is
-DEVICE float log1p_unit(float e) {
-  float s = e * rcp(2.f + e), q = s * s;
+// log(1 + e) / 2 for 0 <= e <= 1 is artanh(r), r = e / (2 + e): accurate relative to the result, however small e is.
+// P(r^2) = 2 artanh(r) / r, minimax: off by 4e-9 of it for float32 data, by 1.7e-7 for 16-bit data.
+DEVICE float artanh_series(float q) {
 #if DTYPE == 0
-  float p = fmaf(q, 1.f / 15, 1.f / 13);
-  p = fmaf(q, p, 1.f / 11);
+  float p = fmaf(q, 0.281915468f, 0.279576659f);
+  p = fmaf(q, p, 0.400251143f), p = fmaf(q, p, 0.666663101f);
+  return fmaf(q, p, 2.00000001f);
 #else
-  float p = 1.f / 11;
-#endif
-  p = fmaf(q, p, 1.f / 9), p = fmaf(q, p, 1.f / 7), p = fmaf(q, p, 1.f / 5), p = fmaf(q, p, 1.f / 3);
-  return 2.f * fmaf(s * q, p, s);
-}
-// Δ from its raw value, and dΔ/draw
-DEVICE float step_size(float raw) {
-#if SOFTPLUS
-  return (raw < 0.f ? 0.f : raw) + log1p_unit(exp_neg_abs(raw));
-#else
-  return raw;
+  float p = fmaf(q, 0.342412994f, 0.395869191f);
+  p = fmaf(q, p, 0.666761089f);
+  return fmaf(q, p, 1.99999966f);
 #endif
 }
-DEVICE float step_size(float raw, float& slope) {
+// What a raw step size becomes: dt = Δ log2(e), so that exp(ΔA) = 2^(dt A), and `factor`, which u is multiplied by:
+// Δ for float32 data; for 16-bit data Δ log2(e) too, and B is staged times B_SCALE = ln(2) for it.
+// For float32 data log2(e) comes in two parts: one float32 constant is off by 1.3e-8, the same way at every step, which
+// would add up over a long growing or slowly decaying row; so would a rounded A log2(e).
+constexpr float B_SCALE = DTYPE == 0 ? 1.f : LN2;
+struct StepSize {
+  float dt, factor;
+};
+DEVICE StepSize step_size(float raw) {
+  StepSize s;
 #if SOFTPLUS
-  float e = exp_neg_abs(raw), r = rcp(1.f + e);
-  slope = raw < 0.f ? e * r : r;
-  return (raw < 0.f ? 0.f : raw) + log1p_unit(e);
+  const float e = exp_neg_abs(raw), r = e * rcp(2.f + e), p = artanh_series(r * r);
+#if DTYPE == 0
+  s.factor = fmaf(r, p, fmaxf(raw, 0.f));
 #else
-  slope = 1.f;
-  return raw;
+  s.dt = s.factor = fmaf(r * LOG2E, p, fmaxf(raw, 0.f) * LOG2E);
+#endif
+#else
+  s.factor = raw;
+  if (DTYPE != 0) s.dt = s.factor = raw * LOG2E;
+#endif
+  if (DTYPE == 0) s.dt = fmaf(s.factor, 1.4375f, s.factor * 0.0051950408889634f);
+  return s;
+}
+// dΔ / d raw
+DEVICE float step_slope(float raw) {
+#if SOFTPLUS
+  const float e = exp_neg_abs(raw), r = rcp(1.f + e);
+  return raw < 0.f ? e * r : r;
+#else
+  return 1.f;
 #endif
 }
 
@@ -173,13 +200,13 @@ DEVICE bool locate(const Params& p, i64 slot, Span& w) {
   w.length = (int)(stop > w.first ? stop - w.first : 0);
   w.split = (int)(slot - (w.first / p.span + low_));
   if (w.split > 0 && (i64)w.split * p.span >= w.length) return false;
-  w.states = p.checkpoint ? w.first / p.checkpoint + low_ : 0;
+  w.states = CHECKPOINT ? w.first / (CHECKPOINT ? CHECKPOINT : 1) + low_ : 0;
 #else
   w.row = (int)(slot / p.splits);
   w.split = (int)(slot - (i64)w.row * p.splits);
   w.first = 0;
   w.length = (int)p.length;
-  w.states = p.checkpoint ? (i64)w.row * ((p.length + p.checkpoint - 1) / p.checkpoint) : 0;
+  w.states = CHECKPOINT ? (i64)w.row * (int)((p.length + CHECKPOINT - 1) / (CHECKPOINT ? CHECKPOINT : 1)) : 0;
 #endif
   w.begin = (int)(w.split * p.span);
   w.end = w.length - w.begin > p.span ? w.begin + (int)p.span : w.length;
@@ -200,28 +227,38 @@ DEVICE Channels channels(const Params& p, int block) {
   return c;
 }
 
-// ---- tiles of u, delta, z: each thread owns OWN_C channels x OWN_T steps --------------------------------------------
+// What a block works on. It lies in shared memory, written by the first thread: most of it is needed so rarely that
+// registers are better spent on other things.
+struct alignas(16) Task {
+  Span w;
+  Channels ch;
+  i64 slot;
+  int block;  // of the row's blocks
+  bool there;
+};
+
+// ---- tiles of u, delta, z: each lane owns OWN_C channels x OWN_T steps of its warp's --------------------------------
 
 struct Own {
-  int channel, step;  // of the first, within block and tile
+  int channel, step;  // of the first, within warp and tile
   bool any;
 };
 DEVICE Own own() {
-  const int thread = (int)threadIdx.x + here();
+  const int lane = (int)threadIdx.x & 31;
   Own o;
 #if DIM_LAYOUT
-  constexpr int ACROSS = CHANNELS / OWN_C;
-  o.channel = (thread % ACROSS) * OWN_C;
-  o.step = (thread / ACROSS) * OWN_T;
+  constexpr int ACROSS = PER_WARP / OWN_C;
+  o.channel = (lane % ACROSS) * OWN_C;
+  o.step = (lane / ACROSS) * OWN_T;
 #else
   constexpr int ALONG = TILE / OWN_T;
-  o.channel = thread / ALONG;
-  o.step = (thread % ALONG) * OWN_T;
+  o.channel = lane / ALONG;
+  o.step = (lane % ALONG) * OWN_T;
 #endif
-  o.any = ALL_OWN || (o.channel < CHANNELS && o.step < TILE);
+  o.any = ALL_OWN || (o.channel < PER_WARP && o.step < TILE);
   return o;
 }
-struct Raw {  // a thread's elements as they lie in memory: along time, or pairs of channels
+struct Raw {  // a lane's elements as they lie in memory: along time, or pairs of channels
   u32 w[WORDS];
   DEVICE float at(int c, int t) const {
 #if DTYPE == 0
@@ -232,8 +269,7 @@ struct Raw {  // a thread's elements as they lie in memory: along time, or pairs
 #endif
   }
 };
-DEVICE int own_channel(Channels ch, Own o) { return ch.first + (o.channel < ch.count ? o.channel : 0); }
-// How many of the thread's channels and steps exist.
+// How many of the lane's channels and steps exist.
 struct Extent {
   int c, t;
 };
@@ -252,7 +288,7 @@ DEVICE scalar unbits(u32 w) { return (scalar)w; }
 #endif
 
 DEVICE u32 word_of(const scalar* p, i64 step_stride, int i, Extent n) {
-  // word i of the thread's elements, piece by piece, zeros where there is nothing
+  // word i of the lane's elements, piece by piece, zeros where there is nothing
 #if DTYPE == 0
   return i < n.t && n.c > 0 ? bits(p[i * step_stride]) : 0u;
 #else
@@ -331,16 +367,75 @@ DEVICE void put(Raw& r, const float (&v)[OWN_C][OWN_T]) {
   }
 }
 
-// A tile of float32 values [channel][step] in shared memory. Four steps lie together; which four is permuted by the
-// channel so that neither the thread's own accesses nor a warp's (one channel per group of lanes) collide in a bank.
-constexpr int QUADS = TILE / 4;
-DEVICE int swizzle(int channel) { return TILE == 16 ? (channel >> 1) + (channel >> 4) : channel + (channel >> 3); }
-DEVICE int tile_at(int channel, int step) {
-  constexpr int MASK = (QUADS < 8 ? QUADS : 8) - 1;
-  int quad = step >> 2;
-  return channel * TILE + (((quad ^ swizzle(channel)) & MASK) | (quad & ~MASK)) * 4 + (step & 3);
+
+// A lane's raw elements of one tensor wait in slots of its own in shared memory, a warp's next to each other: what a
+// lane copies there, only it reads, so that a wait for its own copies is all the synchronisation there is.
+constexpr bool ASYNC = ALIGNED && OWN * ITEM >= 4 && (!DIM_LAYOUT || ITEM == 4 || OWN_C == 2);
+constexpr int PIECE = DIM_LAYOUT ? 1 : WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1;  // words moved at once
+constexpr int RAW_WORDS = 32 * WORDS;                                                // of a warp and one tensor
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// Copy `bytes` of WIDTH bytes, zeros for the rest.
+template <int WIDTH>
+DEVICE void copy_async(void* to, const void* from, int bytes) {
+  if constexpr (WIDTH == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(WIDTH), "r"(bytes) : "memory");
 }
-// A thread's own steps of one channel, to and from such a tile; step is a multiple of OWN_T.
+template <int WIDTH>
+DEVICE void copy_async_if(bool mine, void* to, const void* from) {
+  if constexpr (WIDTH == 16)
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(shared_address(to)), "l"(from), "r"((int)mine) : "memory");
+  else
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], %3;}" ::"r"(shared_address(to)), "l"(from), "r"((int)mine), "n"(WIDTH) : "memory");
+}
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+DEVICE u32* slot_of(u32* raw, int word) {
+  return raw + word / PIECE * PIECE * 32 + ((int)threadIdx.x & 31) * PIECE + word % PIECE;
+}
+DEVICE void fetch(u32* raw, const scalar* q, i64 step_stride, Extent n) {
+#pragma unroll
+  for (int i = 0; i < WORDS; i += PIECE) {
+    u32* to = slot_of(raw, i);
+    if constexpr (ASYNC) {
+      constexpr int WIDTH = PIECE * 4;
+      int bytes = DIM_LAYOUT ? (i < n.t ? n.c * ITEM : 0) : n.c > 0 ? n.t * ITEM - i * 4 : 0;
+      bytes = bytes < 0 ? 0 : bytes > WIDTH ? WIDTH : bytes;
+      const scalar* from = q + (DIM_LAYOUT ? i * step_stride : i * 4 / ITEM);
+      copy_async<WIDTH>(to, from, bytes);  // no bytes: nothing is read
+    } else {
+#pragma unroll
+      for (int j = 0; j < PIECE; j++) to[j] = word_of(q, step_stride, i + j, n);
+    }
+  }
+}
+DEVICE void read(Raw& r, u32* raw) {
+#pragma unroll
+  for (int i = 0; i < WORDS; i += PIECE) {
+    const u32* from = slot_of(raw, i);
+    if constexpr (PIECE == 4) {
+      const uint4 v = *(const uint4*)from;
+      r.w[i] = v.x, r.w[i + 1] = v.y, r.w[i + 2] = v.z, r.w[i + 3] = v.w;
+    } else if constexpr (PIECE == 2) {
+      const uint2 v = *(const uint2*)from;
+      r.w[i] = v.x, r.w[i + 1] = v.y;
+    } else {
+      r.w[i] = from[0];
+    }
+  }
+}
+
+// A warp's tile of float32 values [channel][step] in shared memory, padded so that a channel's steps, read by all its
+// lanes, and a lane's own elements meet no bank twice.
+constexpr int QUADS = TILE / 4;
+constexpr int TILE_PITCH = TILE + 4;
+constexpr int TILE_FLOATS = PER_WARP * TILE_PITCH;
+DEVICE int tile_at(int channel, int step) { return channel * TILE_PITCH + step; }
+// A lane's own steps of one channel, to and from such a tile; step is a multiple of OWN_T.
 DEVICE void tile_write(float* tile, int channel, int step, const float (&v)[OWN_T]) {
   if constexpr (OWN_T % 4 == 0) {
 #pragma unroll
@@ -366,107 +461,7 @@ DEVICE void tile_read(float (&v)[OWN_T], const float* tile, int channel, int ste
     v[0] = tile[tile_at(channel, step)];
   }
 }
-
-// Where a thread's elements of a tile, or a row's B or C of a tile, start: computed at each use, see here().
-#define OWN_AT(T, t0) \
-  ((const scalar*)p.T + (batch + here()) * p.T##_batch + own_channel(ch, o) * p.T##_dim + (w.first + o.step + (t0)) * p.T##_step)
-#define ROW_AT(T, t0) \
-  ((const scalar*)p.T + (batch + here()) * p.T##_batch + ch.group * p.T##_group + (w.first + (t0)) * p.T##_step)
-
-// ---- tiles of B, C: [state][step] in float32, states permuted so that a warp's lanes read without conflicts ---------
-
-DEVICE int state_row(int n) { return (n % PER) * LANES + n / PER; }
-
-template <int AXIS, int VECTOR_OK>
-struct Projection {
-  static constexpr int V = AXIS == 0 || STATES % 4 == 0 ? 4 : 1;  // elements of an item
-  static constexpr int ITEMS = STATES * TILE / V;
-  static constexpr int COUNT = (ITEMS + THREADS - 1) / THREADS;
-  static constexpr int W = V * ITEM >= 4 ? V * ITEM / 4 : 1;
-  u32 raw[COUNT][W];
-
-  static DEVICE bool place(int k, int& n, int& t) {
-    int i = (int)threadIdx.x + k * THREADS;
-    if (AXIS == 0) n = i / (TILE / 4), t = i % (TILE / 4) * 4;
-    else n = i % (STATES / V) * V, t = i / (STATES / V);
-    return ITEMS % THREADS == 0 || i < ITEMS;
-  }
-  // p: the row's B or C at the tile's first step; count: steps of the tile that exist
-  DEVICE void load(const scalar* p, i64 state_stride, i64 step_stride, int count) {
-#pragma unroll
-    for (int k = 0; k < COUNT; k++) {
-      int n, t;
-      bool mine = place(k, n, t);
-      const scalar* q = p + n * state_stride + t * step_stride;
-      bool whole = mine && (AXIS == 0 ? n < STATE && t + V <= count : n + V <= STATE && t < count);
-      if (VECTOR_OK && V == 4 && whole) {
-        if constexpr (W == 4) {
-          uint4 v = __ldg((const uint4*)q);
-          raw[k][0] = v.x, raw[k][1] = v.y, raw[k][2] = v.z, raw[k][3] = v.w;
-        } else if constexpr (W == 2) {
-          uint2 v = __ldg((const uint2*)q);
-          raw[k][0] = v.x, raw[k][1] = v.y;
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < W; i++) raw[k][i] = 0u;
-#pragma unroll
-        for (int j = 0; j < V; j++) {
-          bool there = mine && (AXIS == 0 ? n < STATE && t + j < count : n + j < STATE && t < count);
-          u32 b = there ? bits(q[j * (AXIS == 0 ? step_stride : state_stride)]) : 0u;
-          if (ITEM == 4) raw[k][j < W ? j : 0] = b;
-          else raw[k][j / 2 < W ? j / 2 : 0] |= j & 1 ? b << 16 : b;
-        }
-      }
-    }
-  }
-  DEVICE void store(float* tile) const {
-#pragma unroll
-    for (int k = 0; k < COUNT; k++) {
-      int n, t;
-      if (!place(k, n, t)) continue;
-      float v[V];
-#pragma unroll
-      for (int j = 0; j < V; j++) {
-        u32 w = raw[k][ITEM == 4 ? (j < W ? j : 0) : (j / 2 < W ? j / 2 : 0)];
-        v[j] = ITEM == 2 && (j & 1) ? high(w) : low(w);
-      }
-      if constexpr (AXIS == 0) {
-        *(float4*)(tile + state_row(n) * PITCH + t) = make_float4(v[0], v[1], v[2], v[3]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < V; j++) tile[state_row(n + j) * PITCH + t] = v[j];
-      }
-    }
-  }
-};
-
-// B and C wait in registers during a main loop only where that takes few of them; else they are fetched after it.
-constexpr bool EARLY = STATES * TILE * ITEM <= 8 * THREADS;
-
-// Sum each v[i] over lanes that differ in the bits HIGH .. LOW, and spread the sums: at each bit a lane keeps half of
-// its values and hands on the other half, while there are halves; what is left is summed in full.
-template <int HIGH, int LOW, int COUNT>
-DEVICE void spread_sum(float (&v)[COUNT], int lane) {
-  int count = COUNT;
-#pragma unroll
-  for (int m = HIGH; m >= LOW; m >>= 1) {
-    if (count > 1) {
-      bool upper = lane & m;
-      count >>= 1;
-#pragma unroll
-      for (int i = 0; i < COUNT / 2; i++)
-        if (i < count) {
-          float send = upper ? v[i] : v[i + count], keep = upper ? v[i + count] : v[i];
-          v[i] = keep + __shfl_xor_sync(0xffffffffu, send, m);
-        }
-    } else {
-      v[0] += __shfl_xor_sync(0xffffffffu, v[0], m);
-    }
-  }
+DEVICE void four_steps(float (&v)[4], const float* tile, int channel, int step) {
+  const float4 q = *(const float4*)(tile + tile_at(channel, step));
+  v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
 }
-// Over the lanes of a channel, for G steps: lane s is left with the G / LANES steps from first_step(s) on, at least one.
-template <int G>
-DEVICE void reduce_steps(float (&v)[G], int lane) { spread_sum<LANES / 2, 1>(v, lane); }
-template <int G>
-DEVICE int first_step(int s) { return LANES >= G ? s / (LANES / (LANES >= G ? G : 1)) : s * (G / LANES); }

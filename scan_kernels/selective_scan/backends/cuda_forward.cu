@@ -4,50 +4,185 @@
 // (span_end) and the span's sum of Δ log2(e) (span_time), so that `combine` can find every span's entering state when
 // a row's time is split over blocks; 2 the same for the adjoint recurrence g <- exp(ΔA)(g + C dy), running backwards.
 //
-// A block owns CHANNELS channels over one span of a row and walks it in tiles of TILE steps:
-//   device memory --registers--> softplus --> shared tiles dt = Δ log2(e), x = Δu [channel][step]  (each thread its own)
-//   device memory --registers--> B, C --> shared tiles [state][step]                          (two buffers, for all)
+// A block owns CHANNELS channels over one span of a row and walks it in tiles of TILE steps; each warp, PER_WARP of them:
+//   device memory --cp.async--> slots --registers, softplus--> shared tiles dt = Δ log2(e), x = Δu [channel][step]
+//   device memory --registers--> B, C --> shared tiles [step][state]       (two buffers, for all warps of the block)
 //   main loop: h <- exp(ΔA) h + x B and y = Σ C h, PER states a lane; y is summed over the LANES lanes of a channel by
 //   shuffles that leave each lane with its own steps, and takes the place of dt in the tile
-//   shared y --> + D u, * silu(z) --> device memory, by the thread that loaded u and z
-// The next tile's loads are in flight during the main loop. One block barrier a tile (two in the dim layout).
+//   shared y --> + D u, * silu(z) --> device memory, by the lane that loaded u and z
+// The next tile's copies are in flight during the main loop. One block barrier a tile, for B and C.
 //
 // Costs per (state, step) of a lane: 2 FMUL, 1 MUFU, 2 FFMA and half a shared load of 16 bytes (B, C); float32 data
-// take 8 more for their decays. Per step and lane: half a shared load of 16 bytes (dt, x), and for the sum over the
-// states (LANES-1)/LANES * (1 SHFL, 1 FADD, 2 SEL). In all 7.1 instructions a (state, step) at LANES = 4, PER = 4.
+// take 8 more for their decays, an exponential on the FMA pipe (POLYNOMIAL of 32) 7 more and no MUFU. Per step and
+// lane: half a shared load of 16 bytes (dt, x), and for the sum over the states (LANES-1)/LANES (1 SHFL, 1 FADD, 2 SEL).
 
 constexpr int G = LANES < 4 ? 4 : LANES > 16 ? 16 : LANES;  // steps whose y are reduced together
-constexpr int UNROLL = PER * G <= 16 ? 2 : 1;  // of the loop over such steps
-static_assert(GROUPS == 1 && TILE % 16 == 0, "invalid configuration");
+constexpr int UNROLL = PER * G <= 32 ? 4 : 1;
+static_assert(TILE % 16 == 0, "invalid configuration");
 constexpr bool USE_B = MODE != 2, USE_C = MODE != 1;
-constexpr int TILE_FLOATS = CHANNELS * TILE, BC_FLOATS = STATES * PITCH;
+constexpr bool KEEP = MODE == 0 && CHECKPOINT > 0;  // the state that enters every CHECKPOINT-th step
+constexpr int KEEP_EVERY = KEEP ? CHECKPOINT : 1;
 constexpr int BC_TILES = (USE_B && !CONST_B) + (USE_C && !CONST_C);
+constexpr int TENSORS = 3 + (HAS_Z ? 1 : 0);  // slots: u twice, delta, z
+constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS;
+
+// Tiles of B, C: [step][state] in float32, for all warps of a block.
+constexpr int STATE_QUADS = (STATES + 3) / 4;
+constexpr int PITCH = 4 * STATE_QUADS + 4;  // floats between steps: eight of them, written at once, meet no bank twice
+constexpr int BC_FLOATS = TILE * PITCH;
+
+// What a thread moves of B or C, tile by tile: items of four states of a step.
+template <int AXIS, int VECTOR_OK>
+struct Projection {
+  static constexpr int ITEMS = STATE_QUADS * TILE;
+  static constexpr int COUNT = (ITEMS + THREADS - 1) / THREADS;
+  static constexpr bool VECTOR = AXIS == 1 && VECTOR_OK;
+  u32 raw[COUNT][VECTOR ? ITEM : 4];
+
+  static DEVICE void place(int k, int& n, int& t) {
+    const int i = (int)threadIdx.x + k * THREADS;
+    if (AXIS == 0) t = i % TILE, n = i / TILE * 4;
+    else n = i % STATE_QUADS * 4, t = i / STATE_QUADS;
+  }
+  // row: B or C at the row's first step; t0: the tile's first; count: steps of the tile that exist
+  DEVICE void load(const scalar* row, i64 state_stride, i64 step_stride, int t0, int count) {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+      int n, t;
+      place(k, n, t);
+      const bool mine = n < STATE && t < count;
+      const scalar* q = row + n * state_stride + (t0 + t) * step_stride;
+      if constexpr (VECTOR) {
+        if (mine && n + 4 <= STATE) {
+          if constexpr (ITEM == 4) {
+            const uint4 v = __ldg((const uint4*)q);
+            raw[k][0] = v.x, raw[k][1] = v.y, raw[k][2] = v.z, raw[k][3] = v.w;
+          } else {
+            const uint2 v = __ldg((const uint2*)q);
+            raw[k][0] = v.x, raw[k][1] = v.y;
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < ITEM; i++) raw[k][i] = 0u;
+#pragma unroll
+          for (int j = 0; j < 4; j++)
+            if (mine && n + j < STATE) raw[k][j * ITEM / 4] |= bits(__ldg(q + j)) << (ITEM == 2 ? 16 * (j & 1) : 0);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          raw[k][j] = mine && (STATE % 4 == 0 || n + j < STATE) ? bits(__ldg(q)) : 0u;
+          q += state_stride;
+        }
+      }
+    }
+  }
+  DEVICE void store(float* tile, float scale) const {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+      int n, t;
+      place(k, n, t);
+      if (ITEMS % THREADS != 0 && (AXIS == 0 ? n >= STATES : t >= TILE)) continue;
+      float v[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if constexpr (VECTOR && ITEM == 2) v[j] = j & 1 ? high(raw[k][j / 2]) : low(raw[k][j / 2]);
+        else v[j] = low(raw[k][j]);
+        v[j] *= scale;
+      }
+      *(float4*)(tile + t * PITCH + n) = make_float4(v[0], v[1], v[2], v[3]);
+    }
+  }
+};
+// A lane's states of one step of such a tile.
+DEVICE void states_of(float (&v)[PER], const float* tile, int step, int slice) {
+  const float* const at = tile + step * PITCH + slice * PER;
+  if constexpr (PER % 4 == 0) {
+#pragma unroll
+    for (int k = 0; k < PER; k += 4) {
+      const float4 q = *(const float4*)(at + k);
+      v[k] = q.x, v[k + 1] = q.y, v[k + 2] = q.z, v[k + 3] = q.w;
+    }
+  } else if constexpr (PER % 2 == 0) {
+#pragma unroll
+    for (int k = 0; k < PER; k += 2) {
+      const float2 q = *(const float2*)(at + k);
+      v[k] = q.x, v[k + 1] = q.y;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < PER; k++) v[k] = at[k];
+  }
+}
+
+// Sum each v[i] over the lanes of a channel (lane bits from PER_WARP up) and spread the sums: at each bit a lane keeps
+// half of its values and hands on the other half, while there are halves; what is left is summed in full. Of G steps,
+// slice s is left with the G / LANES steps from first_step(s) on, at least one.
+template <int G>
+DEVICE void reduce_steps(float (&v)[G], int lane) {
+  int count = G;
+#pragma unroll
+  for (int m = 16; m >= PER_WARP; m >>= 1) {
+    if (count > 1) {
+      const bool upper = lane & m;
+      count >>= 1;
+#pragma unroll
+      for (int i = 0; i < G / 2; i++)
+        if (i < count) {
+          const float send = upper ? v[i] : v[i + count], keep = upper ? v[i + count] : v[i];
+          v[i] = keep + __shfl_xor_sync(0xffffffffu, send, m);
+        }
+    } else {
+      v[0] += __shfl_xor_sync(0xffffffffu, v[0], m);
+    }
+  }
+}
+template <int G>
+DEVICE int first_step(int s) { return LANES >= G ? s / (LANES / (LANES >= G ? G : 1)) : s * (G / LANES); }
+
+// exp(ΔA) of (step, state) `index` of a lane: POLYNOMIAL of 32, spread evenly, on the FMA pipe
+DEVICE float decay_at(int index, float dt, float A) {
+#if POLYNOMIAL > 0
+  if (index * POLYNOMIAL % 32 < POLYNOMIAL) return ex2_polynomial(dt, A);
+#endif
+  return decay_of(dt, A);
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Params p) {
   extern __shared__ __align__(16) float shared[];
-  float* const dt_tile = shared;
+  const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, s = lane / PER_WARP, channel = lane % PER_WARP;
+  float* const bc_tile = shared;  // [2][B then C]
+  float* const dt_tile = shared + 2 * BC_TILES * BC_FLOATS + warp * WARP_FLOATS;
   float* const x_tile = dt_tile + TILE_FLOATS;
-  float* const bc_tile = x_tile + TILE_FLOATS;  // [2][B then C]
+  u32* const raw_u = (u32*)(x_tile + TILE_FLOATS);  // [2]
+  u32* const raw_delta = raw_u + 2 * RAW_WORDS;
+  u32* const raw_z = raw_delta + RAW_WORDS;
 
-  const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, s = lane % LANES;
-  const i64 slot = blockIdx.x / p.blocks;
-  Span w;
-  if (!locate(p, slot, w)) return;
-  const Channels ch = channels(p, (int)(blockIdx.x - slot * p.blocks));
-  const int channel = warp * PER_WARP + lane / LANES;  // of this lane, in the block
-  const int d = ch.first + (channel < ch.count ? channel : 0);
-  const bool exists = channel < ch.count;
-  const int batch = PACKED ? 0 : w.row;
+  __shared__ Task task;
+  if (threadIdx.x == 0) {
+    task.slot = blockIdx.x / p.blocks, task.block = (int)(blockIdx.x - task.slot * p.blocks);
+    task.there = locate(p, task.slot, task.w);
+    task.ch = channels(p, task.block);
+  }
+  __syncthreads();
+  if (!task.there) return;
+  const Span& w = task.w;
+  const i64& slot = task.slot;
+  const int count = task.ch.count - warp * PER_WARP;  // this warp's channels that exist, and the first
+  auto first = [&]() { return count > 0 ? task.ch.first + warp * PER_WARP : 0; };
+  auto batch = [&]() { return PACKED ? 0 : w.row; };
+  const bool exists = channel < count;
+  const int d = exists ? first() + channel : 0;
 
   // this lane's states
   float A[PER], h[PER], b_const[PER], c_const[PER], time = 0.f;
 #pragma unroll
   for (int k = 0; k < PER; k++) {
-    int n = s * PER + k;
-    bool real = n < STATE && exists;
-    i64 at = (i64)d * STATE + n;
+    const int n = s * PER + k;
+    const bool real = n < STATE && exists;
+    const i64 at = (i64)d * STATE + n;
     A[k] = real ? p.A[at] : 0.f;
-    b_const[k] = CONST_B && USE_B && real ? ((const float*)p.B)[at] : 0.f;
+    b_const[k] = CONST_B && USE_B && real ? ((const float*)p.B)[at] * B_SCALE : 0.f;
     c_const[k] = CONST_C && USE_C && real ? ((const float*)p.C)[at] : 0.f;
     h[k] = 0.f;
     if (MODE == 0 && real) {
@@ -56,178 +191,183 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     }
   }
 
-  // this thread's elements
-  float bias[OWN_C], skip[OWN_C];
-#pragma unroll
-  for (int c = 0; c < OWN_C; c++) {
-    const Own o = own();
-    bool there = o.channel + c < ch.count;
-    bias[c] = HAS_BIAS && there ? p.delta_bias[own_channel(ch, o) + c] : 0.f;
-    skip[c] = HAS_D && MODE == 0 && there ? p.D[own_channel(ch, o) + c] : 0.f;
-  }
-
-  // MODE 2 multiplies by dy = dout silu(z) where the scan multiplies by Δu: u then stands for dout. The scan itself
-  // needs z only after the main loop, which hides its latency: no need to fetch it a tile ahead.
-  Raw next_u, next_delta, next_z;
-  Projection<B_AXIS, B_ALIGNED> next_B;
-  Projection<C_AXIS, C_ALIGNED> next_C;
-  auto fetch = [&](int t0) {
-    const Own o = own();
-    const Extent n = extent_of(o, ch.count, w.end - t0);
-    load(next_u, OWN_AT(u, t0), p.u_step, n);
-    load(next_delta, OWN_AT(delta, t0), p.delta_step, n);
-    if (HAS_Z && MODE == 2) load(next_z, OWN_AT(z, t0), p.z_step, n);
+  // this lane's elements
+  const Own o = own();
+  auto own_channel = [&]() { return first() + (o.channel < count ? o.channel : 0); };
+  auto place = [&](const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride, int t0) {
+    return (scalar*)base + batch() * batch_stride + own_channel() * dim_stride + (w.first + o.step + t0) * step_stride;
   };
-  auto fetch_bc = [&](int t0) {
-    if constexpr (USE_B && !CONST_B) next_B.load(ROW_AT(B, t0), p.B_state, p.B_step, w.end - t0);
-    if constexpr (USE_C && !CONST_C) next_C.load(ROW_AT(C, t0), p.C_state, p.C_step, w.end - t0);
+  auto row_of = [&](const void* M, i64 batch_stride, i64 group_stride, i64 step_stride) {  // of B or C
+    return (const scalar*)M + batch() * batch_stride + task.ch.group * group_stride + w.first * step_stride;
+  };
+#define PLACE(T, t0) place(p.T, p.T##_batch, p.T##_dim, p.T##_step, t0)
+  auto per_channel = [&](const float* values, int c) {
+    return o.channel + c < count ? __ldg(values + own_channel() + c) : 0.f;
+  };
+  // MODE 2 multiplies by dy = dout silu(z) where the scan multiplies by Δu: u then stands for dout. The scan itself
+  // needs z only after the main loop.
+  auto fetch_tile = [&](int buffer, int t0) {
+    const Extent n = extent_of(o, count, w.end - t0);
+    fetch(raw_u + buffer * RAW_WORDS, PLACE(u, t0), p.u_step, n);
+    fetch(raw_delta, PLACE(delta, t0), p.delta_step, n);
+    if (HAS_Z && MODE == 2) fetch(raw_z, PLACE(z, t0), p.z_step, n);
   };
 
   const int tiles = (w.end - w.begin + TILE - 1) / TILE;
   auto tile_start = [&](int i) { return w.begin + (MODE == 2 ? tiles - 1 - i : i) * TILE; };
   int buffer = 0;
-  int next_state = w.begin;  // the step whose entering state is kept next
-  float* kept = MODE == 0 && p.checkpoint ? p.states + ((w.states + w.begin / p.checkpoint) * p.dim + d) * STATE + s * PER : 0;
-  if (tiles > 0) {
-    fetch(tile_start(0));
-    if (EARLY) fetch_bc(tile_start(0));
-  }
+  if (tiles > 0) fetch_tile(0, tile_start(0));
+  copies_commit();
 #pragma unroll 1
   for (int i = 0; i < tiles; i++, buffer ^= 1) {
     const int t0 = tile_start(i);
-    const Own o = own();
-    const Extent n = extent_of(o, ch.count, w.end - t0);
-    const Raw now_u = next_u;
-    Raw now_z = next_z;
-    // stage: Δ and Δu (or dy) of this thread's elements; what does not exist was loaded as zero
-    if (o.any) {
-#pragma unroll
-      for (int c = 0; c < OWN_C; c++) {
-        float step[OWN_T], x[OWN_T];
-#pragma unroll
-        for (int t = 0; t < OWN_T; t++) {
-          step[t] = t < n.t ? step_size(next_delta.at(c, t) + bias[c]) : 0.f;
-          x[t] = now_u.at(c, t);
-          if (MODE != 2) {
-            x[t] *= step[t];
-          } else if (HAS_Z) {
-            const float gate = now_z.at(c, t);
-            x[t] *= gate * sigmoid(gate);
-          }
-          step[t] = to_log2(step[t]);
-        }
-        tile_write(dt_tile, o.channel + c, o.step, step);
-        tile_write(x_tile, o.channel + c, o.step, x);
-      }
-    }
     float* const b_tile = bc_tile + buffer * BC_TILES * BC_FLOATS;
     float* const c_tile = b_tile + (USE_B && !CONST_B ? BC_FLOATS : 0);
-    if (!EARLY) fetch_bc(t0);
-    if constexpr (USE_B && !CONST_B) next_B.store(b_tile);
-    if constexpr (USE_C && !CONST_C) next_C.store(c_tile);
-    if (HAS_Z && MODE == 0) load(now_z, OWN_AT(z, t0), p.z_step, n);
-    if (i + 1 < tiles) {
-      fetch(tile_start(i + 1));
-      if (EARLY) fetch_bc(tile_start(i + 1));
-    }
-    __syncthreads();
 
+    // ---- stage: Δ and Δu (or dy) of this lane's elements; what does not exist was loaded as zero
+    Projection<B_AXIS, B_ALIGNED> next_B;
+    Projection<C_AXIS, C_ALIGNED> next_C;
+    if constexpr (USE_B && !CONST_B) next_B.load(row_of(p.B, p.B_batch, p.B_group, p.B_step), p.B_state, p.B_step, t0, w.end - t0);
+    if constexpr (USE_C && !CONST_C) next_C.load(row_of(p.C, p.C_batch, p.C_group, p.C_step), p.C_state, p.C_step, t0, w.end - t0);
+    copies_wait<0>();
+    const Extent n = extent_of(o, count, w.end - t0);
+    {
+      if (o.any) {
+        Raw ru, rd, rz;
+        read(ru, raw_u + buffer * RAW_WORDS), read(rd, raw_delta);
+        if (HAS_Z && MODE == 2) read(rz, raw_z);
+#pragma unroll
+        for (int c = 0; c < OWN_C; c++) {
+          const float bias = HAS_BIAS ? per_channel(p.delta_bias, c) : 0.f;
+          float step[OWN_T], x[OWN_T];
+#pragma unroll
+          for (int t = 0; t < OWN_T; t++) {
+            const StepSize size = step_size(rd.at(c, t) + bias);
+            step[t] = size.dt;
+            x[t] = ru.at(c, t);
+            if (MODE != 2) {
+              x[t] *= size.factor;
+            } else if (HAS_Z) {
+              const float gate = rz.at(c, t);
+              x[t] *= gate * sigmoid(gate);
+            }
+          }
+          if (n.t < OWN_T) {
+#pragma unroll
+            for (int t = 0; t < OWN_T; t++)
+              if (t >= n.t) step[t] = x[t] = 0.f;
+          }
+          tile_write(dt_tile, o.channel + c, o.step, step);
+          tile_write(x_tile, o.channel + c, o.step, x);
+        }
+      }
+      if constexpr (USE_B && !CONST_B) next_B.store(b_tile, B_SCALE);
+      if constexpr (USE_C && !CONST_C) next_C.store(c_tile, 1.f);
+      if (HAS_Z && MODE == 0) fetch(raw_z, PLACE(z, t0), p.z_step, n);
+      copies_commit();
+      if (i + 1 < tiles) fetch_tile(buffer ^ 1, tile_start(i + 1));
+      copies_commit();
+    }
+    if (BC_TILES > 0) __syncthreads(); else __syncwarp();
+
+    // ---- main loop
 #pragma unroll 1
     for (int j = 0; j < TILE; j += 16) {
       const int start = MODE == 2 ? TILE - 16 - j : j;
-      if (MODE == 0 && kept && t0 + start == next_state) {
-        if (t0 + start < w.end && exists) {
-          if constexpr (PER % 4 == 0 && STATE % 4 == 0) {
+      if (KEEP && (t0 + start - w.begin) % KEEP_EVERY == 0 && t0 + start < w.end && exists) {
+        float* const kept = p.states + ((w.states + (t0 + start) / KEEP_EVERY) * p.dim + d) * STATE + s * PER;
+        if constexpr (PER % 4 == 0 && STATE % 4 == 0) {
 #pragma unroll
-            for (int k = 0; k < PER; k += 4)
-              if (s * PER + k < STATE) *(float4*)(kept + k) = make_float4(h[k], h[k + 1], h[k + 2], h[k + 3]);
-          } else {
+          for (int k = 0; k < PER; k += 4)
+            if (s * PER + k < STATE) *(float4*)(kept + k) = make_float4(h[k], h[k + 1], h[k + 2], h[k + 3]);
+        } else {
 #pragma unroll
-            for (int k = 0; k < PER; k++)
-              if (s * PER + k < STATE) kept[k] = h[k];
-          }
+          for (int k = 0; k < PER; k++)
+            if (s * PER + k < STATE) kept[k] = h[k];
         }
-        kept += p.dim * STATE;
-        next_state += (int)p.checkpoint;
       }
-#pragma unroll UNROLL
+#pragma unroll(UNROLL)
       for (int m = 0; m < 16; m += G) {
         const int g0 = start + (MODE == 2 ? 16 - G - m : m);
         float y[G];
 #pragma unroll
         for (int q = 0; q < G; q += 4) {
           const int g4 = g0 + (MODE == 2 ? G - 4 - q : q);
-          const float4 dt4 = *(const float4*)(dt_tile + tile_at(channel, g4));
-          const float4 x4 = *(const float4*)(x_tile + tile_at(channel, g4));
-          const float dt[4] = {dt4.x, dt4.y, dt4.z, dt4.w}, x[4] = {x4.x, x4.y, x4.z, x4.w};
-          float sum[4] = {0.f, 0.f, 0.f, 0.f};
+          float dt[4], x[4];
+          four_steps(dt, dt_tile, channel, g4);
+          four_steps(x, x_tile, channel, g4);
           if (MODE != 0) time += (dt[0] + dt[1]) + (dt[2] + dt[3]);
 #pragma unroll
-          for (int k = 0; k < PER; k++) {
-            float b[4], c[4];
+          for (int j4 = 0; j4 < 4; j4++) {
+            const int t = MODE == 2 ? 3 - j4 : j4;
+            float b[PER], c[PER], sum = 0.f;
+            if constexpr (USE_B && !CONST_B) states_of(b, b_tile, g4 + t, s);
+            if constexpr (USE_C && !CONST_C) states_of(c, c_tile, g4 + t, s);
 #pragma unroll
-            for (int t = 0; t < 4; t++) b[t] = b_const[k], c[t] = c_const[k];
-            if constexpr (USE_B && !CONST_B) {
-              const float4 v = *(const float4*)(b_tile + (k * LANES + s) * PITCH + g4);
-              b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
-            }
-            if constexpr (USE_C && !CONST_C) {
-              const float4 v = *(const float4*)(c_tile + (k * LANES + s) * PITCH + g4);
-              c[0] = v.x, c[1] = v.y, c[2] = v.z, c[3] = v.w;
-            }
-            if constexpr (MODE == 2) {
-#pragma unroll
-              for (int t = 3; t >= 0; t--) h[k] = decay_of(dt[t], A[k]) * fmaf(x[t], c[t], h[k]);
-            } else {
-#pragma unroll
-              for (int t = 0; t < 4; t++) {
-                h[k] = fmaf(decay_of(dt[t], A[k]), h[k], x[t] * b[t]);
-                if (MODE == 0) sum[t] = fmaf(c[t], h[k], sum[t]);
+            for (int k = 0; k < PER; k++) {
+              const float decay = decay_at(t * PER + k, dt[t], A[k]);
+              if (USE_B && CONST_B) b[k] = b_const[k];
+              if (USE_C && CONST_C) c[k] = c_const[k];
+              if constexpr (MODE == 2) {
+                h[k] = decay * fmaf(x[t], c[k], h[k]);
+              } else {
+                h[k] = fmaf(decay, h[k], x[t] * b[k]);
+                if (MODE == 0) sum = fmaf(c[k], h[k], sum);
               }
             }
+            y[q + t] = sum;
           }
-#pragma unroll
-          for (int t = 0; t < 4; t++) y[q + t] = sum[t];
         }
         if constexpr (MODE == 0) {
           reduce_steps(y, lane);
           __syncwarp();
           constexpr int MINE = LANES < G ? G / LANES : 1;
           const int first = g0 + first_step<G>(s);
-#pragma unroll
-          for (int t = 0; t < MINE; t++) dt_tile[tile_at(channel, first + t)] = y[t];
+          if constexpr (MINE == 2) {
+            *(float2*)(dt_tile + tile_at(channel, first)) = make_float2(y[0], y[1]);
+          } else if constexpr (MINE == 4) {
+            *(float4*)(dt_tile + tile_at(channel, first)) = make_float4(y[0], y[1], y[2], y[3]);
+          } else {
+            dt_tile[tile_at(channel, first)] = y[0];
+          }
         }
       }
     }
 
-    // a thread's own channel is its warp's, except in the dim layout and in tiles too small for all threads
-    if (DIM_LAYOUT || !ALL_OWN) __syncthreads(); else __syncwarp();
-    if (MODE == 0 && o.any) {
-      float v[OWN_C][OWN_T];
+    // ---- finish: this lane's elements of out
+    __syncwarp();
+    if constexpr (MODE == 0) {
+      if (HAS_Z) copies_wait<1>();
+      if (o.any) {
+        Raw ru, rz, r;
+        if (HAS_D) read(ru, raw_u + buffer * RAW_WORDS);
+        if (HAS_Z) read(rz, raw_z);
+        float v[OWN_C][OWN_T];
 #pragma unroll
-      for (int c = 0; c < OWN_C; c++) {
-        tile_read(v[c], dt_tile, o.channel + c, o.step);
+        for (int c = 0; c < OWN_C; c++) {
+          const float skip = HAS_D ? per_channel(p.D, c) : 0.f;
+          tile_read(v[c], dt_tile, o.channel + c, o.step);
 #pragma unroll
-        for (int t = 0; t < OWN_T; t++) {
-          if (HAS_D) v[c][t] = fmaf(skip[c], now_u.at(c, t), v[c][t]);
-          if (HAS_Z) {
-            const float gate = now_z.at(c, t);
-            v[c][t] *= gate * sigmoid(gate);
+          for (int t = 0; t < OWN_T; t++) {
+            if (HAS_D) v[c][t] = fmaf(skip, ru.at(c, t), v[c][t]);
+            if (HAS_Z) {
+              const float gate = rz.at(c, t);
+              v[c][t] *= gate * sigmoid(gate);
+            }
           }
         }
+        put(r, v);
+        store(r, PLACE(out, t0), p.out_step, n);
       }
-      Raw r;
-      put(r, v);
-      store(r, (scalar*)OWN_AT(out, t0), p.out_step, n);
     }
   }
 
   if (!exists) return;
 #pragma unroll
   for (int k = 0; k < PER; k++) {
-    int n = s * PER + k;
+    const int n = s * PER + k;
     if (n >= STATE) break;
-    i64 at = (i64)d * STATE + n;
+    const i64 at = (i64)d * STATE + n;
     if (MODE != 0) p.span_end[slot * p.dim * STATE + at] = h[k];
     else if (p.last_state && w.end == w.length) p.last_state[(i64)w.row * p.dim * STATE + at] = h[k];
   }
