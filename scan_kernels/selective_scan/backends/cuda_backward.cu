@@ -29,12 +29,12 @@
 // bfloat16 take twice the HMMA, and 2 more, for products in two parts. Registers: 4 PER TILE for dB, dC, h and decays,
 // and about 110. Most of all that is why PER x TILE is at most 32.
 
-constexpr int T = TILE, QUADS_ = T / 4;
+constexpr int T = TILE;
 constexpr int SUBTILES = CHECKPOINT / T;
 constexpr int RING = 4;                                     // items in flight, and the one at hand
 constexpr int STRIDE = WARPS * PER_WARP;                    // channels between a warp's groups
 constexpr bool TWO_PARTS = DTYPE != 1;                      // the tensor cores keep 11 bits, enough for bfloat16 data
-constexpr bool FENCED = TWO_PARTS || SUBTILES > 1;          // where registers are scarce, four steps end before four begin
+constexpr bool LOAD_AHEAD = !TWO_PARTS && !CONST_B && !CONST_C;  // where registers allow
 constexpr float TRUNCATED = TWO_PARTS ? 1.f : 1.000352f;    // undoes the mean of what they cut off
 static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT % T == 0 && SUBTILES > 0, "invalid configuration");
 
@@ -123,8 +123,8 @@ constexpr int PIECES = SHIFTED ? LINE / 2 + 1 : LINE * ITEM / COPY;
 constexpr int LINE_BYTES = PIECES * COPY;
 constexpr int PART_BYTES = (LINES * LINE_BYTES + 15) / 16 * 16;
 constexpr int COPIES = PARTS * LINES * PIECES, ROUNDS = (COPIES + 31) / 32;
-constexpr int KEPT_ROUNDS = ROUNDS <= 2 && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;       // whose addresses are kept, not computed anew
-constexpr int KEPT_COPY = STATE % 4 == 0 ? 16 : STATE % 2 == 0 ? 8 : 4;
+constexpr int KEPT_ROUNDS = ROUNDS <= (TWO_PARTS && SUBTILES > 1 ? 1 : 2) && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;       // whose addresses are kept, not computed anew
+constexpr int KEPT_COPY = STATE % 4 == 0 && PER_WARP * STATE >= 128 ? 16 : STATE % 2 == 0 ? 8 : 4;
 constexpr int KEPT_PIECES = STATE * 4 / KEPT_COPY;
 constexpr int KEPT_BYTES = SUBTILES == 1 ? PER_WARP * STATES * 4 : 0;
 constexpr int SLOT_BYTES = PARTS * PART_BYTES + KEPT_BYTES;
@@ -182,11 +182,11 @@ template <int AXIS, int VECTOR>
 struct Projection {
   static constexpr int ITEMS = STATES * T / 4;
   static constexpr int COUNT = (ITEMS + THREADS - 1) / THREADS;
-  static constexpr int RAW_WORDS_ = ITEM * COUNT * THREADS;
+  static constexpr int THREAD_WORDS = ITEM * COUNT * THREADS;
 
   static DEVICE bool place(int k, int& n, int& t) {
     const int i = (int)threadIdx.x + k * THREADS;
-    if (AXIS == 0) t = i % QUADS_ * 4, n = i / QUADS_;
+    if (AXIS == 0) t = i % QUADS * 4, n = i / QUADS;
     else n = i % (STATES / 4) * 4, t = i / (STATES / 4);
     return ITEMS % THREADS == 0 || i < ITEMS;
   }
@@ -282,7 +282,7 @@ DEVICE bool is_finite(float v) { return fabsf(v) < 3.4e38f; }
 
 enum { ROW_DT, ROW_X, ROW_DY, ROW_U, ROW_SLOPE, ROW_GATE };  // Δ log2(e); Δu; dout silu(z); u; dΔ/draw; dout silu'(z)
 constexpr int ROWS = 5 + HAS_Z;
-constexpr int FLUSHED = (2 - CONST_B - CONST_C) * PER * QUADS_;  // vectors of four steps that a lane holds of dB, dC
+constexpr int FLUSHED = (2 - CONST_B - CONST_C) * PER * QUADS;  // vectors of four steps that a lane holds of dB, dC
 struct Group {                           // what a warp keeps of a group of channels
   float carried[32][2 * PER];            // g between tiles, sum of dA
   float rates[32][PER];                  // A
@@ -300,7 +300,7 @@ struct Warp {
 struct Shared {
   Task task;
   float B[CONST_B ? 4 : BC_FLOATS], C[CONST_C ? 4 : BC_FLOATS];
-  u32 raw_B[CONST_B ? 4 : Projection_B::RAW_WORDS_], raw_C[CONST_C ? 4 : Projection_C::RAW_WORDS_];
+  u32 raw_B[CONST_B ? 4 : Projection_B::THREAD_WORDS], raw_C[CONST_C ? 4 : Projection_C::THREAD_WORDS];
   i64 out_jumps[2], kept_jumps[2];       // as a warp's jumps, for du, ddelta, dz and for the kept states
   float4 flushed[WARPS][FLUSHED ? FLUSHED : 1][32];
   Warp warps[WARPS];
@@ -446,11 +446,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     struct Elements {
       float u[STEPS], dt[STEPS], factor[STEPS], slope[STEPS], dy[STEPS], gate[STEPS];
     };
-    auto stage = [&](const unsigned char* from, int tile, int c) {
+    auto stage_begin = [&](Elements& e, const unsigned char* from, int tile, int c) {
       const char* const raw = (const char*)from;
       const float bias = mine.groups[c].constants[lane].x;
-      const int left = steps - tile * T - step;
-      Elements e;
       auto read_part = [&](float (&v)[STEPS], int part) {
         read_own(v, raw + part * PART_BYTES, channel, step, [&](int i) { return shift_of(address(part, within(c), DIM_LAYOUT ? step + i : channel, tile * T)); });
       };
@@ -458,18 +456,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       if (HAS_Z) read_part(e.gate, 3);
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
-        const float value = e.dt[i] + bias;
-        const StepSize size = step_size(value);
-        const float slope = step_slope(value) * (DTYPE == 0 ? 1.f : LOG2E * TRUNCATED);
-        const bool real = i < left;
-        e.dt[i] = real ? size.dt : 0.f, e.factor[i] = real ? size.factor : 0.f, e.slope[i] = real ? slope : 0.f;
+        e.dt[i] += bias, e.slope[i] = SOFTPLUS ? exp_neg_abs(e.dt[i]) : 0.f;
+        if (HAS_Z) e.factor[i] = ex2(-LOG2E * e.gate[i]);
+      }
+    };
+    auto stage_end = [&](Elements& e, int tile) {
+      const int left = steps - tile * T - step;
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) {
         if (HAS_Z) {
-          const float z = e.gate[i], sg = sigmoid(z), silu = z * sg;
+          const float z = e.gate[i], sg = rcp(1.f + e.factor[i]), silu = z * sg;
           e.gate[i] = e.dy[i] * fmaf(silu, 1.f - sg, sg);
           e.dy[i] *= silu;
         }
+        const StepSize size = step_size(e.dt[i], e.slope[i]);
+        const float slope = step_slope(e.dt[i], e.slope[i], DTYPE == 0 ? 1.f : LOG2E * TRUNCATED);
+        const bool real = i < left;
+        e.dt[i] = real ? size.dt : 0.f, e.factor[i] = real ? size.factor : 0.f, e.slope[i] = real ? slope : 0.f;
       }
-      return e;
     };
     int own_at = channel * T + step;
     keep(own_at);
@@ -498,15 +502,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       shared.kept_jumps[0] = kept_over, shared.kept_jumps[1] = -p.dim * STATE * 4 - (groups - 1) * kept_over;
     }
     __syncthreads();
-    auto finish = [&](const float* rows, int c) {
-      float gb[STEPS], ga[STEPS], y[STEPS], dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
+    struct Ending {
+      float gb[STEPS], ga[STEPS], y[STEPS];
+    };
+    auto finish_begin = [&](Ending& e) {
+      merge(e.gb, {sums.first.x, sums.first.y, sums.second.x, sums.second.y}, lane);
+      merge(e.ga, {sums.first.z, sums.first.w, sums.second.z, sums.second.w}, lane);
+      if (HAS_Z) merge(e.y, {sums.y.x, sums.y.y, sums.y.z, sums.y.w}, lane);
+    };
+    auto finish_end = [&](Ending& e, const float* rows, int c) {
+      float dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
+      auto& [gb, ga, y] = e;
       const float* const from = rows + own_at;
       get(dt, from + ROW_DT * PER_WARP * T), get(dy, from + ROW_DY * PER_WARP * T), get(u, from + ROW_U * PER_WARP * T);
       get(slope, from + ROW_SLOPE * PER_WARP * T);
       if (HAS_Z) get(gate, from + ROW_GATE * PER_WARP * T);
-      merge(gb, {sums.first.x, sums.first.y, sums.second.x, sums.second.y}, lane);
-      merge(ga, {sums.first.z, sums.first.w, sums.second.z, sums.second.w}, lane);
-      if (HAS_Z) merge(y, {sums.y.x, sums.y.y, sums.y.z, sums.y.w}, lane);
       const float skip = HAS_D ? mine.groups[c].constants[lane].y : 0.f;
       float2 total = mine.groups[c].sums[lane];
 #pragma unroll
@@ -609,17 +619,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         mine.jumps[r][lane][0] = over, mine.jumps[r][lane][1] = back;
       }
     }
+    auto ahead_left = [&]() { return ahead_tile < 0 ? 0 : steps - ahead_tile * T; };  // of its steps and channels exist
+    auto ahead_live = [&]() { return count - within(ahead_c); };
+    auto is_whole = [&]() { return (bool)__all_sync(0xffffffffu, ahead_left() >= T && ahead_live() >= PER_WARP); };
+    bool ahead_whole = is_whole();
     auto fetch_next = [&](int slot) {
       unsigned char* const to = mine.ring[slot];
       if constexpr (KEPT_ROUNDS == 0) {
         if (ahead_tile >= 0) fetch_item(to, ahead_tile, ahead_c);
       } else {
-        const int left = ahead_tile < 0 ? 0 : steps - ahead_tile * T, live = count - within(ahead_c);
         auto copy_all = [&](auto copy) {  // copy<WIDTH>(to, from, line, piece)
 #pragma unroll
           for (int r = 0; r < KEPT_ROUNDS; r++) {
             const int i = lane + r * 32;
-            copy(Number<COPY>(), COPIES % 32 == 0 || i < COPIES, to + i * COPY, ahead_from[r], bytes_of(i / PIECES % LINES, i % PIECES, left, live));
+            copy(Number<COPY>(), COPIES % 32 == 0 || i < COPIES, to + i * COPY, ahead_from[r], bytes_of(i / PIECES % LINES, i % PIECES, ahead_left(), ahead_live()));
           }
           if constexpr (SUBTILES == 1) {
 #pragma unroll
@@ -627,11 +640,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
               const int i = lane + r * 32, line = i / KEPT_PIECES;
               const int at = STATES == STATE ? i * KEPT_COPY : line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
               copy(Number<KEPT_COPY>(), PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES, to + PARTS * PART_BYTES + at,
-                   ahead_kept + i * KEPT_COPY, line < live && left > 0 ? KEPT_COPY : 0);
+                   ahead_kept + i * KEPT_COPY, line < ahead_live() && ahead_left() > 0 ? KEPT_COPY : 0);
             }
           }
         };
-        if (__all_sync(0xffffffffu, left >= T && live >= PER_WARP))
+        if (ahead_whole)
           copy_all([](auto width, bool mine, void* to, const void* from, int) { copy_async_if<decltype(width)::value>(mine, to, from); });
         else
           copy_all([](auto width, bool mine, void* to, const void* from, int bytes) {
@@ -644,6 +657,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       for (int r = 0; r < KEPT_ROUNDS; r++) ahead_from[r] += mine.jumps[r][lane][wrap];
       ahead_kept += shared.kept_jumps[wrap];
       if (wrap) ahead_c = 0, ahead_tile--;
+      ahead_whole = is_whole();
     };
     unsigned slot_at = 0;
     int which = 0;  // of the item at hand: in the ring, in `elements`
@@ -653,7 +667,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       for (int i = 0; i < RING - 1; i++) fetch_next(i);
       copies_wait<RING - 2>();
       __syncwarp();
-      put(&mine.elements[0][0][0][0], stage(mine.ring[0], tiles - 1, 0));
+      Elements e;
+      stage_begin(e, mine.ring[0], tiles - 1, 0), stage_end(e, tiles - 1);
+      put(&mine.elements[0][0][0][0], e);
       for (int i = lane; i < ROWS * PER_WARP * T; i += 32) (&mine.elements[1][0][0][0])[i] = 0.f;  // finished first, to be overwritten
     }
 #pragma unroll 1
@@ -688,32 +704,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if constexpr (CONST_B) get(b_fixed, shared.fixed_B[warp * GROUPS + c][0][lane]);
         if constexpr (CONST_C) get(c_fixed, shared.fixed_C[warp * GROUPS + c][0][lane]);
 
-        finish(others, before_c);
-        out_at += shared.out_jumps[c == 0];
-        out_count = owns && exists(c) ? steps - tile * T - step : 0;
-        const Elements next = stage(mine.ring[slot_at], after_c == 0 ? tile - 1 : tile, after_c);
-
-        // ---- forward
-        float decay[PER][T], before[PER][T];
-#pragma unroll
-        for (int t4 = 0; t4 < T; t4 += 4) {
-          float dt[4], x[4];
-          get(dt, rows + ROW_DT * PER_WARP * T + t4), get(x, rows + ROW_X * PER_WARP * T + t4);
+        // ---- forward, a quad of steps at a time, each with a part of the other work: the special-function unit, which
+        // takes eight times as long as the others, is then busy throughout
+        float decay[PER][T], before[PER][T], dt[2][4], x[2][4], b[2][PER][4];
+        auto load_quad = [&](int q) {
+          get(dt[q % 2], rows + ROW_DT * PER_WARP * T + q * 4), get(x[q % 2], rows + ROW_X * PER_WARP * T + q * 4);
 #pragma unroll
           for (int k = 0; k < PER; k++) {
-            float b[4];
-            if constexpr (CONST_B) b[0] = b[1] = b[2] = b[3] = b_fixed[k];
-            else four(b, shared.B, k, t4);
+            if constexpr (CONST_B) b[q % 2][k][0] = b[q % 2][k][1] = b[q % 2][k][2] = b[q % 2][k][3] = b_fixed[k];
+            else four(b[q % 2][k], shared.B, k, q * 4);
+          }
+        };
+        Ending last;
+        Elements next;
+        if (LOAD_AHEAD) load_quad(0);
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+          if (!LOAD_AHEAD) load_quad(q);
+          else if (q + 1 < QUADS) load_quad(q + 1);
+          if (q == 0) finish_begin(last);
+          if (q == QUADS / 4) finish_end(last, others, before_c);
+          if (q == QUADS / 2) {
+            out_at += shared.out_jumps[c == 0];
+            out_count = owns && exists(c) ? steps - tile * T - step : 0;
+            stage_begin(next, mine.ring[slot_at], after_c == 0 ? tile - 1 : tile, after_c);
+          }
+          if (q == QUADS * 3 / 4) stage_end(next, after_c == 0 ? tile - 1 : tile);
+#pragma unroll
+          for (int k = 0; k < PER; k++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-              before[k][t4 + j] = h[k];
-              decay[k][t4 + j] = decay_of(dt[j], A[k]);
-              h[k] = fmaf(decay[k][t4 + j], h[k], x[j] * b[j]);
+              const int t = q * 4 + j;
+              before[k][t] = h[k];
+              decay[k][t] = decay_of(dt[q % 2][j], A[k]);
+              h[k] = fmaf(decay[k][t], h[k], x[q % 2][j] * b[q % 2][k][j]);
             }
-          }
+          if (q + 1 < QUADS) __syncwarp();
         }
         put(others, next);
-        if (FENCED) __syncwarp();
+        __syncwarp();
 
         // ---- backward
         float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER], largest = 0.f;
@@ -755,7 +784,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           sum_lanes(sums.first, gb[0], gb[1], ga[0], ga[1], pattern);
           sum_lanes(sums.second, gb[2], gb[3], ga[2], ga[3], pattern);
           if (HAS_Z) sum_lanes(sums.y, y[0], y[1], y[2], y[3], pattern);
-          if (FENCED) __syncwarp();
+          if (t4 > 0) __syncwarp();  // four steps end before four begin: fewer registers
         }
 #pragma unroll
         for (int k = 0; k < PER; k++) largest += fabsf(g[k]);
@@ -817,11 +846,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
         for (int k = 0; k < PER; k++)
 #pragma unroll
-          for (int q = 0; q < QUADS_; q++) {
+          for (int q = 0; q < QUADS; q++) {
             if constexpr (!CONST_B)
-              shared.flushed[warp][k * QUADS_ + q][lane] = make_float4(sum_B[k][4 * q], sum_B[k][4 * q + 1], sum_B[k][4 * q + 2], sum_B[k][4 * q + 3]);
+              shared.flushed[warp][k * QUADS + q][lane] = make_float4(sum_B[k][4 * q], sum_B[k][4 * q + 1], sum_B[k][4 * q + 2], sum_B[k][4 * q + 3]);
             if constexpr (!CONST_C)
-              shared.flushed[warp][(CONST_B ? 0 : PER * QUADS_) + k * QUADS_ + q][lane] =
+              shared.flushed[warp][(CONST_B ? 0 : PER * QUADS) + k * QUADS + q][lane] =
                   make_float4(sum_C[k][4 * q], sum_C[k][4 * q + 1], sum_C[k][4 * q + 2], sum_C[k][4 * q + 3]);
           }
       }
@@ -837,8 +866,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             const float4 a = shared.flushed[r][j][o * LANES + slice];
             v.x += a.x, v.y += a.y, v.z += a.z, v.w += a.w;
           }
-        const bool of_C = CONST_B || j >= PER * QUADS_;
-        const int n = slice * PER + j / QUADS_ % PER, t = j % QUADS_ * 4;
+        const bool of_C = CONST_B || j >= PER * QUADS;
+        const int n = slice * PER + j / QUADS % PER, t = j % QUADS * 4;
         const float scale = of_C || DTYPE == 0 ? 1.f : LN2;
         v = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
         float* const to = (of_C ? p.dC : p.dB) + (PARTIALS ? task.block % (p.blocks / p.groups) * p.bc_partial : 0) +
@@ -850,7 +879,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     // ---- what is summed over the whole span
     if (tiles > 0) {
       __syncwarp();
-      finish(&mine.elements[which ^ 1][0][0][0], groups - 1);
+      Ending last;
+      finish_begin(last), finish_end(last, &mine.elements[which ^ 1][0][0][0], groups - 1);
     }
     copies_wait<0>();
     const i64 part = PARTIALS ? task.slot * p.dim : 0;

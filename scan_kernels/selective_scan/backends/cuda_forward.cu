@@ -168,11 +168,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   if (!task.there) return;
   const Span& w = task.w;
   const i64& slot = task.slot;
+  const int begin = w.begin, end = w.end, batch = PACKED ? 0 : w.row;
+  const i64 row_first = w.first;
   const int count = task.ch.count - warp * PER_WARP;  // this warp's channels that exist, and the first
-  auto first = [&]() { return count > 0 ? task.ch.first + warp * PER_WARP : 0; };
-  auto batch = [&]() { return PACKED ? 0 : w.row; };
+  const int first = count > 0 ? task.ch.first + warp * PER_WARP : 0;
   const bool exists = channel < count;
-  const int d = exists ? first() + channel : 0;
+  const int d = exists ? first + channel : 0;
 
   // this lane's states
   float A[PER], h[PER], b_const[PER], c_const[PER], time = 0.f;
@@ -193,12 +194,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 
   // this lane's elements
   const Own o = own();
-  auto own_channel = [&]() { return first() + (o.channel < count ? o.channel : 0); };
+  auto own_channel = [&]() { return first + (o.channel < count ? o.channel : 0); };
   auto place = [&](const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride, int t0) {
-    return (scalar*)base + batch() * batch_stride + own_channel() * dim_stride + (w.first + o.step + t0) * step_stride;
+    return (scalar*)base + (batch + here()) * batch_stride + (own_channel() + here()) * dim_stride + (row_first + o.step + t0) * step_stride;
   };
   auto row_of = [&](const void* M, i64 batch_stride, i64 group_stride, i64 step_stride) {  // of B or C
-    return (const scalar*)M + batch() * batch_stride + task.ch.group * group_stride + w.first * step_stride;
+    return (const scalar*)M + (batch + here()) * batch_stride + task.ch.group * group_stride + row_first * step_stride;
   };
 #define PLACE(T, t0) place(p.T, p.T##_batch, p.T##_dim, p.T##_step, t0)
   auto per_channel = [&](const float* values, int c) {
@@ -207,14 +208,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   // MODE 2 multiplies by dy = dout silu(z) where the scan multiplies by Δu: u then stands for dout. The scan itself
   // needs z only after the main loop.
   auto fetch_tile = [&](int buffer, int t0) {
-    const Extent n = extent_of(o, count, w.end - t0);
+    const Extent n = extent_of(o, count, end - t0);
     fetch(raw_u + buffer * RAW_WORDS, PLACE(u, t0), p.u_step, n);
     fetch(raw_delta, PLACE(delta, t0), p.delta_step, n);
     if (HAS_Z && MODE == 2) fetch(raw_z, PLACE(z, t0), p.z_step, n);
   };
 
-  const int tiles = (w.end - w.begin + TILE - 1) / TILE;
-  auto tile_start = [&](int i) { return w.begin + (MODE == 2 ? tiles - 1 - i : i) * TILE; };
+  const int tiles = (end - begin + TILE - 1) / TILE;
+  auto tile_start = [&](int i) { return begin + (MODE == 2 ? tiles - 1 - i : i) * TILE; };
   int buffer = 0;
   if (tiles > 0) fetch_tile(0, tile_start(0));
   copies_commit();
@@ -227,10 +228,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     // ---- stage: Δ and Δu (or dy) of this lane's elements; what does not exist was loaded as zero
     Projection<B_AXIS, B_ALIGNED> next_B;
     Projection<C_AXIS, C_ALIGNED> next_C;
-    if constexpr (USE_B && !CONST_B) next_B.load(row_of(p.B, p.B_batch, p.B_group, p.B_step), p.B_state, p.B_step, t0, w.end - t0);
-    if constexpr (USE_C && !CONST_C) next_C.load(row_of(p.C, p.C_batch, p.C_group, p.C_step), p.C_state, p.C_step, t0, w.end - t0);
+    if constexpr (USE_B && !CONST_B) next_B.load(row_of(p.B, p.B_batch, p.B_group, p.B_step), p.B_state, p.B_step, t0, end - t0);
+    if constexpr (USE_C && !CONST_C) next_C.load(row_of(p.C, p.C_batch, p.C_group, p.C_step), p.C_state, p.C_step, t0, end - t0);
     copies_wait<0>();
-    const Extent n = extent_of(o, count, w.end - t0);
+    const Extent n = extent_of(o, count, end - t0);
     {
       if (o.any) {
         Raw ru, rd, rz;
@@ -274,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 #pragma unroll 1
     for (int j = 0; j < TILE; j += 16) {
       const int start = MODE == 2 ? TILE - 16 - j : j;
-      if (KEEP && (t0 + start - w.begin) % KEEP_EVERY == 0 && t0 + start < w.end && exists) {
+      if (KEEP && (t0 + start - begin) % KEEP_EVERY == 0 && t0 + start < end && exists) {
         float* const kept = p.states + ((w.states + (t0 + start) / KEEP_EVERY) * p.dim + d) * STATE + s * PER;
         if constexpr (PER % 4 == 0 && STATE % 4 == 0) {
 #pragma unroll
@@ -369,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     if (n >= STATE) break;
     const i64 at = (i64)d * STATE + n;
     if (MODE != 0) p.span_end[slot * p.dim * STATE + at] = h[k];
-    else if (p.last_state && w.end == w.length) p.last_state[(i64)w.row * p.dim * STATE + at] = h[k];
+    else if (p.last_state && end == w.length) p.last_state[(i64)w.row * p.dim * STATE + at] = h[k];
   }
   if (MODE != 0 && s == 0) p.span_time[slot * p.dim + d] = time;
 }

@@ -54,19 +54,20 @@ class _Tile(NamedTuple):
 # it, and the more warps wait for each other.
 _TILES = {
     "forward": [
+        _Tile(16, 16, 8, 2, 3),
+        _Tile(8, 16, 8, 4, 2),
         _Tile(16, 16, 8, 2, 2),
         _Tile(16, 16, 8, 4, 2),
         _Tile(16, 8, 8, 2, 1),
-        _Tile(16, 8, 8, 4, 3),
-        _Tile(8, 16, 8, 4, 2),
         _Tile(16, 16, 8, 2, 1),
     ],
     "backward": [
+        _Tile(4, 16, 16, 8, 3),
         _Tile(4, 16, 16, 8, 2),
         _Tile(4, 16, 8, 8, 2),
+        _Tile(4, 16, 16, 4, 2),
         _Tile(4, 16, 32, 8, 2),
         _Tile(4, 16, 16, 8, 1),
-        _Tile(4, 16, 8, 4, 1),
         _Tile(4, 8, 8, 8, 2),
     ],
     # a checkpoint interval holds several tiles: each turn takes all but the first a second time
