@@ -81,6 +81,8 @@ def supports(problem: Problem) -> str | None:
         return "needs compute capability 8.0 or newer"
     if problem.length >= 2**31 - 64:
         return "length must be below 2^31"
+    if problem.dim * problem.state >= 2**28:
+        return "dim * state must be below 2^28"
     if problem.checkpoint % 16:
         return f"keeps states every multiple of 16 steps, not every {problem.checkpoint}"
     return None
@@ -126,13 +128,14 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     part = _ceil(lines * max(line * item, (line // 2 + 1) * 4 if item == 2 else 0), 16) * 16
     recomputed = problem.checkpoint // config.tile
     slot = (3 + problem.has_z) * part + (config.per_warp * per * config.lanes * 4 if recomputed == 1 else 0)
-    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 2048 + config.groups * (384 * per + 512)
+    group = 128 * (_ceil(per + 2, 4) * 4 + 2 * per + 2)
+    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 2048 + config.groups * group
     flushed = max(1, variable * per * config.tile // 4) * 512
     fixed = [config.warps * config.groups * 256 * per if f else 16 for f in (problem.constant_B, problem.constant_C)]
     enter = recomputed * config.warps * config.groups * 128 * per if recomputed > 1 else 16
     early = 8 * rows * (config.warps if recomputed > 1 else 1)
     moved = variable * 4 * (projection + raw) + (2 - variable) * 32
-    return moved + 112 + config.warps * (flushed + warp) + sum(fixed) + enter + early
+    return moved + 80 + 1024 + config.warps * (flushed + warp) + sum(fixed) + enter + early
 
 
 def _valid(problem: Problem, device: Any, config: Config) -> bool:
@@ -379,8 +382,11 @@ def _describe(
     axis, width = (1 if problem.layout == "dim" else 2), _own_width(problem, config)
     if first:
         width = max(width, _own_width(problem, first[1]))
-    # a block starts at its group's first channel, a packed sequence at any step
-    starts = problem.dim // problem.groups % width == 0 or problem.groups == 1 if axis == 1 else not problem.sequences
+    # a block starts at its group's first channel, a packed sequence at any step; a row ends with a whole vector
+    if axis == 1:
+        starts = problem.groups == 1 or problem.dim // problem.groups % width == 0
+    else:
+        starts = not problem.sequences and problem.length % width == 0
     aligned = [starts and _is_aligned(list(sequence.values()), axis, width)]
     axes = []
     sizes = {"length": problem.length, "rows": problem.rows, "dim": problem.dim, "groups": problem.groups}

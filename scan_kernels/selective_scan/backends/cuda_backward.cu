@@ -131,45 +131,39 @@ constexpr int SLOT_BYTES = PARTS * PART_BYTES + KEPT_BYTES;
 
 // A lane's own steps of its channel of one tensor; shift_of(i): of the line of the i-th, in elements.
 template <class Shift>
-DEVICE void read_own(float (&v)[STEPS], const char* part, int channel, int step, Shift shift_of) {
+DEVICE void read_own(float (&v)[STEPS], const char* at, Shift shift_of) {
   if constexpr (DIM_LAYOUT || SHIFTED) {
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) {
-      const int at = DIM_LAYOUT ? (step + i) * LINE_BYTES + channel * ITEM : channel * LINE_BYTES + (step + i) * ITEM;
-      v[i] = to_float(*(const scalar*)(part + at + (SHIFTED ? shift_of(i) * ITEM : 0)));
-    }
+    for (int i = 0; i < STEPS; i++)
+      v[i] = to_float(*(const scalar*)(at + i * (DIM_LAYOUT ? LINE_BYTES : ITEM) + (SHIFTED ? shift_of(i) * ITEM : 0)));
+  } else if constexpr (ITEM == 4) {
+    get(v, (const float*)at);
+  } else if constexpr (STEPS == 4) {
+    const uint2 q = *(const uint2*)at;
+    v[0] = low(q.x), v[1] = high(q.x), v[2] = low(q.y), v[3] = high(q.y);
+  } else if constexpr (STEPS == 2) {
+    const u32 q = *(const u32*)at;
+    v[0] = low(q), v[1] = high(q);
   } else {
-    const char* const at = part + channel * LINE_BYTES + step * ITEM;
-    if constexpr (ITEM == 4) {
-      get(v, (const float*)at);
-    } else if constexpr (STEPS == 4) {
-      const uint2 q = *(const uint2*)at;
-      v[0] = low(q.x), v[1] = high(q.x), v[2] = low(q.y), v[3] = high(q.y);
-    } else if constexpr (STEPS == 2) {
-      const u32 q = *(const u32*)at;
-      v[0] = low(q), v[1] = high(q);
-    } else {
-      v[0] = to_float(*(const scalar*)at);
-    }
+    v[0] = to_float(*(const scalar*)at);
   }
 }
-// A lane's own steps to device memory, `count` of them.
-DEVICE void write_own(scalar* to, const float (&v)[STEPS], i64 step_stride, int count) {
-  constexpr bool TOGETHER = ALIGNED && !DIM_LAYOUT && STEPS > 1;
+// A lane's own steps to device memory, `count` of them: all or none where they are aligned.
+DEVICE void write_own(char* at, const float (&v)[STEPS], i64 step_stride, int count) {
   u32 words[STEPS * ITEM / 4 + 1];
 #pragma unroll
   for (int i = 0; i < STEPS; i += 4 / ITEM) words[i * ITEM / 4] = pack(v[i], v[ITEM == 2 && STEPS > 1 ? i + 1 : i]);
-  if constexpr (TOGETHER) {
-    if (count >= STEPS) {
-      if constexpr (STEPS * ITEM == 16) *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
-      else if constexpr (STEPS * ITEM == 8) *(uint2*)to = make_uint2(words[0], words[1]);
-      else *(u32*)to = words[0];
-    }
-  }
+  if constexpr (ALIGNED && !DIM_LAYOUT && STEPS > 1) {
+    if (count <= 0) return;
+    if constexpr (STEPS * ITEM == 16) *(uint4*)at = make_uint4(words[0], words[1], words[2], words[3]);
+    else if constexpr (STEPS * ITEM == 8) *(uint2*)at = make_uint2(words[0], words[1]);
+    else *(u32*)at = words[0];
+  } else {
 #pragma unroll
-  for (int i = 0; i < (TOGETHER ? STEPS - 1 : STEPS); i++)
-    if (i < count && !(TOGETHER && count >= STEPS))
-      to[i * step_stride] = unbits(ITEM == 4 ? words[i * ITEM / 4] : i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
+    for (int i = 0; i < STEPS; i++)
+      if (i < count)
+        ((scalar*)at)[i * step_stride] = unbits(ITEM == 4 ? words[i * ITEM / 4] : i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
+  }
 }
 
 // ---- tiles of B, C: in float32, for all warps of a block; state s*PER + k in line k*LANES + s -----------------------
@@ -283,25 +277,26 @@ DEVICE bool is_finite(float v) { return fabsf(v) < 3.4e38f; }
 enum { ROW_DT, ROW_X, ROW_DY, ROW_U, ROW_SLOPE, ROW_GATE };  // Δ log2(e); Δu; dout silu(z); u; dΔ/draw; dout silu'(z)
 constexpr int ROWS = 5 + HAS_Z;
 constexpr int FLUSHED = (2 - CONST_B - CONST_C) * PER * QUADS;  // vectors of four steps that a lane holds of dB, dC
-struct Group {                           // what a warp keeps of a group of channels
+constexpr int FIXED = (PER + 2 + 3) / 4 * 4;
+enum { NEXT_BIAS = PER, LAST_SKIP };     // behind A: delta_bias of the next group's channel, D of the last one's
+struct alignas(16) Group {               // what a warp keeps of a group of channels
+  float fixed[32][FIXED];
   float carried[32][2 * PER];            // g between tiles, sum of dA
-  float rates[32][PER];                  // A
   float2 sums[32];                       // of dD, ddelta_bias
-  float2 constants[32];                  // delta_bias, D of the lane's channel
 };
 struct Warp {
   float elements[2][ROWS][PER_WARP][T];  // of the item at hand, and of the one before or after
   unsigned char ring[RING][SLOT_BYTES];
-  // bytes from a lane's pieces of an item to those of the next: over to the next group, back to the next tile
-  i64 jumps[2][32][2];
-  float2 pattern[4][32];
+  // bytes from a lane's pieces of an item to those of the next, of inputs and of kept states: 0 over to the next group,
+  // 1 back to the next tile
+  struct alignas(16) Jump { i64 inputs; int kept; } jumps[KEPT_ROUNDS > 1 ? 2 : 1][2][32];
   Group groups[GROUPS];
 };
 struct Shared {
   Task task;
   float B[CONST_B ? 4 : BC_FLOATS], C[CONST_C ? 4 : BC_FLOATS];
   u32 raw_B[CONST_B ? 4 : Projection_B::THREAD_WORDS], raw_C[CONST_C ? 4 : Projection_C::THREAD_WORDS];
-  i64 out_jumps[2], kept_jumps[2];       // as a warp's jumps, for du, ddelta, dz and for the kept states
+  float2 pattern[4][32];
   float4 flushed[WARPS][FLUSHED ? FLUSHED : 1][32];
   Warp warps[WARPS];
   // constant B, C and the sums of their gradients; the states that enter a kept span's tiles, and a tile's dt, x
@@ -321,7 +316,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const bool owns = owns_steps(lane);
   const int step = owns ? own_step(lane) : 0;
   Warp& mine = shared.warps[warp];
-  for (int quad = 0; quad < 4; quad++) mine.pattern[quad][lane] = make_float2(lane / 4 == 2 * quad ? 1.f : 0.f, lane / 4 == 2 * quad + 1 ? 1.f : 0.f);
+  if (warp == 0)
+    for (int quad = 0; quad < 4; quad++) shared.pattern[quad][lane] = make_float2(lane / 4 == 2 * quad ? 1.f : 0.f, lane / 4 == 2 * quad + 1 ? 1.f : 0.f);
+  // An address within `mine` that is not computed anew at each use.
+  auto pinned = [&](const void* at) {
+    int offset = (int)((const unsigned char*)at - memory);
+    keep(offset);
+    return memory + offset;
+  };
   if (STATES != STATE)  // what is never copied there
     for (int i = lane; i < RING * SLOT_BYTES / 4; i += 32) ((u32*)mine.ring)[i] = 0u;
   __syncthreads();
@@ -384,11 +386,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         fixed[1][k] = CONST_C && real ? ((const float*)p.C)[at] : 0.f;
       }
       const float none[PER] = {};
-      set(mine.groups[c].carried[lane], g), set(mine.groups[c].rates[lane], A);
+      set(mine.groups[c].carried[lane], g), set(mine.groups[c].fixed[lane], A);
+      mine.groups[c == 0 ? groups - 1 : c - 1].fixed[lane][NEXT_BIAS] = HAS_BIAS && there ? p.delta_bias[d] : 0.f;
+      mine.groups[c == groups - 1 ? 0 : c + 1].fixed[lane][LAST_SKIP] = HAS_D && there ? p.D[d] : 0.f;
       if constexpr (CONST_B) set(shared.fixed_B[warp * GROUPS + c][0][lane], fixed[0]), set(shared.fixed_B[warp * GROUPS + c][1][lane], none);
       if constexpr (CONST_C) set(shared.fixed_C[warp * GROUPS + c][0][lane], fixed[1]), set(shared.fixed_C[warp * GROUPS + c][1][lane], none);
       mine.groups[c].sums[lane] = make_float2(0.f, 0.f);
-      mine.groups[c].constants[lane] = make_float2(HAS_BIAS && there ? p.delta_bias[d] : 0.f, HAS_D && there ? p.D[d] : 0.f);
     }
 
     // ---- moving inputs
@@ -446,11 +449,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     struct Elements {
       float u[STEPS], dt[STEPS], factor[STEPS], slope[STEPS], dy[STEPS], gate[STEPS];
     };
-    auto stage_begin = [&](Elements& e, const unsigned char* from, int tile, int c) {
-      const char* const raw = (const char*)from;
-      const float bias = mine.groups[c].constants[lane].x;
+    auto stage_begin = [&](Elements& e, const unsigned char* raw, float bias, int tile, int c) {
       auto read_part = [&](float (&v)[STEPS], int part) {
-        read_own(v, raw + part * PART_BYTES, channel, step, [&](int i) { return shift_of(address(part, within(c), DIM_LAYOUT ? step + i : channel, tile * T)); });
+        read_own(v, (const char*)raw + part * PART_BYTES, [&](int i) { return shift_of(address(part, within(c), DIM_LAYOUT ? step + i : channel, tile * T)); });
       };
       read_part(e.u, 0), read_part(e.dt, 1), read_part(e.dy, 2);
       if (HAS_Z) read_part(e.gate, 3);
@@ -460,8 +461,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (HAS_Z) e.factor[i] = ex2(-LOG2E * e.gate[i]);
       }
     };
-    auto stage_end = [&](Elements& e, int tile) {
-      const int left = steps - tile * T - step;
+    auto stage_end = [&](Elements& e) {
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
         if (HAS_Z) {
@@ -470,19 +470,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           e.dy[i] *= silu;
         }
         const StepSize size = step_size(e.dt[i], e.slope[i]);
-        const float slope = step_slope(e.dt[i], e.slope[i], DTYPE == 0 ? 1.f : LOG2E * TRUNCATED);
-        const bool real = i < left;
-        e.dt[i] = real ? size.dt : 0.f, e.factor[i] = real ? size.factor : 0.f, e.slope[i] = real ? slope : 0.f;
+        e.slope[i] = step_slope(e.dt[i], e.slope[i], DTYPE == 0 ? 1.f : LOG2E * TRUNCATED);
+        e.dt[i] = size.dt, e.factor[i] = size.factor;
       }
     };
-    int own_at = channel * T + step;
-    keep(own_at);
-    auto put = [&](float* rows, const Elements& e) {
+    auto stage_tail = [&](Elements& e, int tile) {  // what does not exist leaves h and g alone
+#pragma unroll
+      for (int i = 0; i < STEPS; i++)
+        if (i >= steps - tile * T - step) e.dt[i] = e.factor[i] = e.slope[i] = 0.f;
+    };
+    auto put = [&](float* to, const Elements& e) {  // a lane's own elements
       if (!owns) return;
       float x[STEPS];
 #pragma unroll
       for (int i = 0; i < STEPS; i++) x[i] = e.u[i] * (DTYPE == 0 ? e.factor[i] : e.dt[i]);
-      float* const to = rows + own_at;
       set(to + ROW_DT * PER_WARP * T, e.dt), set(to + ROW_X * PER_WARP * T, x), set(to + ROW_DY * PER_WARP * T, e.dy);
       set(to + ROW_U * PER_WARP * T, e.u), set(to + ROW_SLOPE * PER_WARP * T, e.slope);
       if (HAS_Z) set(to + ROW_GATE * PER_WARP * T, e.gate);
@@ -492,16 +493,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     struct Sums {  // over states: quads' first and second pair of steps of Σ G B (x, y) and Σ A g h' (z, w); Σ C h
       float4 first, second, y;
     } sums = {};
-    // where this lane's steps of that item lie in du, ddelta, dz, and how many there are
-    i64 out_at = (batch() * p.grad_batch + (ch.first + within(groups) + channel) * p.grad_dim + (w.first + w.begin + tiles * T + step) * p.grad_step) * ITEM -
-                 STRIDE * p.grad_dim * ITEM;  // of the last group, a tile too far: `back` leads to the first item
+    // where this lane's steps of that item lie in du, and how many there are; likewise in ddelta and dz
+    char *out_at = nullptr, *out_tile = (char*)((scalar*)p.du + batch() * p.grad_batch + (ch.first + within(0) + channel) * p.grad_dim +
+                                                (w.first + w.begin + tiles * T + step) * p.grad_step);
+    i64 to_ddelta = (char*)p.ddelta - (char*)p.du, to_dz = (char*)p.dz - (char*)p.du, out_over = STRIDE * p.grad_dim * ITEM;
     int out_count = 0;
-    if (tid == 0) {
-      const i64 over = STRIDE * p.grad_dim * ITEM, kept_over = STRIDE * STATE * 4;
-      shared.out_jumps[0] = over, shared.out_jumps[1] = -T * p.grad_step * ITEM - (groups - 1) * over;
-      shared.kept_jumps[0] = kept_over, shared.kept_jumps[1] = -p.dim * STATE * 4 - (groups - 1) * kept_over;
-    }
-    __syncthreads();
+    keep(out_over), keep(to_ddelta), keep(to_dz);
+    const int own_groups = owns ? (count - within(0) - channel + STRIDE - 1) / STRIDE : 0;  // whose channel exists
     struct Ending {
       float gb[STEPS], ga[STEPS], y[STEPS];
     };
@@ -510,15 +508,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       merge(e.ga, {sums.first.z, sums.first.w, sums.second.z, sums.second.w}, lane);
       if (HAS_Z) merge(e.y, {sums.y.x, sums.y.y, sums.y.z, sums.y.w}, lane);
     };
-    auto finish_end = [&](Ending& e, const float* rows, int c) {
+    auto finish_end = [&](Ending& e, const float* from, float skip, float2& so_far) {  // from: a lane's own elements
       float dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
       auto& [gb, ga, y] = e;
-      const float* const from = rows + own_at;
       get(dt, from + ROW_DT * PER_WARP * T), get(dy, from + ROW_DY * PER_WARP * T), get(u, from + ROW_U * PER_WARP * T);
       get(slope, from + ROW_SLOPE * PER_WARP * T);
       if (HAS_Z) get(gate, from + ROW_GATE * PER_WARP * T);
-      const float skip = HAS_D ? mine.groups[c].constants[lane].y : 0.f;
-      float2 total = mine.groups[c].sums[lane];
+      float2 total = so_far;
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
         if (HAS_Z) y[i] = gate[i] * (HAS_D ? fmaf(skip, u[i], y[i] * TRUNCATED) : y[i] * TRUNCATED);  // now dz
@@ -527,10 +523,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (HAS_D) gb[i] = fmaf(skip, dy[i], gb[i]), total.x = fmaf(dy[i], u[i], total.x);
         if (HAS_BIAS) total.y += ga[i];  // slope is 0 where nothing exists
       }
-      mine.groups[c].sums[lane] = total;
-      write_own((scalar*)((char*)p.du + out_at), gb, p.grad_step, out_count);
-      write_own((scalar*)((char*)p.ddelta + out_at), ga, p.grad_step, out_count);
-      if (HAS_Z) write_own((scalar*)((char*)p.dz + out_at), y, p.grad_step, out_count);
+      so_far = total;
+      write_own(out_at, gb, p.grad_step, out_count);
+      write_own(out_at + to_ddelta, ga, p.grad_step, out_count);
+      if (HAS_Z) write_own(out_at + to_dz, y, p.grad_step, out_count);
     };
 
 #if CHECKPOINT > TILE
@@ -571,7 +567,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         __syncthreads();
 #pragma unroll 1
         for (int c = 0; c < groups; c++) {
-          const float bias = mine.groups[c].constants[lane].x;
+          const float bias = mine.groups[c == 0 ? groups - 1 : c - 1].fixed[lane][NEXT_BIAS];
           float dt[STEPS], x[STEPS], h[PER], A[PER];
 #pragma unroll
           for (int i = 0; i < STEPS; i++) {
@@ -581,7 +577,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           if (c + 1 < groups) load(c + 1);
           __syncwarp();
           if (owns) set(dt_row + step, dt), set(x_row + step, x);
-          get(h, entering(r, c)), get(A, mine.groups[c].rates[lane]);
+          get(h, entering(r, c)), get(A, mine.groups[c].fixed[lane]);
           __syncwarp();
 #pragma unroll
           for (int t4 = 0; t4 < T; t4 += 4) {
@@ -604,9 +600,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #endif
 
     // ---- the walk
+    const int whole_tiles = steps / T;
     int ahead_tile = tiles - 1, ahead_c = 0;  // the item to be copied next
+    int simple_tiles = count == groups * STRIDE ? whole_tiles : 0;  // where all channels and steps exist
+    keep(simple_tiles);
     const char* ahead_from[KEPT_ROUNDS ? KEPT_ROUNDS : 1];    // this lane's pieces of it
-    const char* ahead_kept = (const char*)(p.states + ((w.states + w.begin / CHECKPOINT + ahead_tile) * p.dim + ch.first + within(0)) * STATE);
+    const char* ahead_kept = (const char*)(p.states + ((w.states + w.begin / CHECKPOINT + ahead_tile) * p.dim + ch.first + within(0)) * STATE) + lane * KEPT_COPY;
     if constexpr (KEPT_ROUNDS > 0) {
 #pragma unroll
       for (int r = 0; r < KEPT_ROUNDS; r++) {
@@ -616,35 +615,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         ahead_from[r] = from + i % PIECES * COPY;
         const i64 over = address(part, within(1), line, ahead_tile * T) - from;
         const i64 back = address(part, within(0), line, (ahead_tile - 1) * T) - from - (groups - 1) * over;
-        mine.jumps[r][lane][0] = over, mine.jumps[r][lane][1] = back;
+        const int kept_over = STRIDE * STATE * 4;
+        mine.jumps[r][0][lane].inputs = over, mine.jumps[r][0][lane].kept = kept_over;
+        mine.jumps[r][1][lane].inputs = back, mine.jumps[r][1][lane].kept = -(int)p.dim * STATE * 4 - (groups - 1) * kept_over;
       }
     }
-    auto ahead_left = [&]() { return ahead_tile < 0 ? 0 : steps - ahead_tile * T; };  // of its steps and channels exist
-    auto ahead_live = [&]() { return count - within(ahead_c); };
-    auto is_whole = [&]() { return (bool)__all_sync(0xffffffffu, ahead_left() >= T && ahead_live() >= PER_WARP); };
-    bool ahead_whole = is_whole();
-    auto fetch_next = [&](int slot) {
-      unsigned char* const to = mine.ring[slot];
+    // where in the first slot of the ring this lane's pieces go, and its steps and states lie
+    unsigned char* const copy_to = pinned(mine.ring[0] + lane * COPY);
+    unsigned char* const keep_to = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * KEPT_COPY);
+    const unsigned char* const own_raw = pinned(mine.ring[0] + (DIM_LAYOUT ? step * LINE_BYTES + channel * ITEM : channel * LINE_BYTES + step * ITEM));
+    const unsigned char* const own_kept = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * PER * 4);
+    const unsigned char* const own_jumps = pinned(&mine.jumps[0][0][lane]);
+    auto fetch_next = [&](int slot) {  // slot: where it begins in the ring
       if constexpr (KEPT_ROUNDS == 0) {
-        if (ahead_tile >= 0) fetch_item(to, ahead_tile, ahead_c);
+        if (ahead_tile >= 0) fetch_item(mine.ring[0] + slot, ahead_tile, ahead_c);
       } else {
+        const int left = steps - ahead_tile * T, live = count - within(ahead_c);
         auto copy_all = [&](auto copy) {  // copy<WIDTH>(to, from, line, piece)
 #pragma unroll
           for (int r = 0; r < KEPT_ROUNDS; r++) {
             const int i = lane + r * 32;
-            copy(Number<COPY>(), COPIES % 32 == 0 || i < COPIES, to + i * COPY, ahead_from[r], bytes_of(i / PIECES % LINES, i % PIECES, ahead_left(), ahead_live()));
+            copy(Number<COPY>(), COPIES % 32 == 0 || i < COPIES, copy_to + slot + r * 32 * COPY, ahead_from[r],
+                 ahead_tile < 0 ? 0 : bytes_of(i / PIECES % LINES, i % PIECES, left, live));
           }
           if constexpr (SUBTILES == 1) {
 #pragma unroll
             for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
               const int i = lane + r * 32, line = i / KEPT_PIECES;
-              const int at = STATES == STATE ? i * KEPT_COPY : line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
-              copy(Number<KEPT_COPY>(), PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES, to + PARTS * PART_BYTES + at,
-                   ahead_kept + i * KEPT_COPY, line < ahead_live() && ahead_left() > 0 ? KEPT_COPY : 0);
+              unsigned char* const kept = STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY
+                                                          : mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
+              copy(Number<KEPT_COPY>(), PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES, kept,
+                   ahead_kept + r * 32 * KEPT_COPY, line < live && ahead_tile >= 0 ? KEPT_COPY : 0);
             }
           }
         };
-        if (ahead_whole)
+        if ((unsigned)ahead_tile < (unsigned)simple_tiles)
           copy_all([](auto width, bool mine, void* to, const void* from, int) { copy_async_if<decltype(width)::value>(mine, to, from); });
         else
           copy_all([](auto width, bool mine, void* to, const void* from, int bytes) {
@@ -654,23 +659,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       copies_commit();
       const bool wrap = ++ahead_c == groups;
 #pragma unroll
-      for (int r = 0; r < KEPT_ROUNDS; r++) ahead_from[r] += mine.jumps[r][lane][wrap];
-      ahead_kept += shared.kept_jumps[wrap];
+      for (int r = 0; r < KEPT_ROUNDS; r++) {
+        const auto jump = *(const Warp::Jump*)(own_jumps + (wrap ? sizeof(mine.jumps[0][0]) : 0) + r * sizeof(mine.jumps[0]));
+        ahead_from[r] += jump.inputs;
+        if (r == 0) ahead_kept += jump.kept;
+      }
       if (wrap) ahead_c = 0, ahead_tile--;
-      ahead_whole = is_whole();
     };
-    unsigned slot_at = 0;
-    int which = 0;  // of the item at hand: in the ring, in `elements`
+    // the item at hand: its slot of the ring and the one before, its elements and those of the item before or after
+    constexpr int HALF = ROWS * PER_WARP * T;
+    int slot = 0, last_slot = (RING - 1) * SLOT_BYTES;
+    int half = 0;
+    float* const own_elements = (float*)pinned(&mine.elements[0][0][channel][step]);
+    const float* const own_rows = (const float*)pinned(&mine.elements[0][0][channel][0]);
+
     if (tiles > 0) {
       fetch_bc(tiles - 1);
 #pragma unroll 1
-      for (int i = 0; i < RING - 1; i++) fetch_next(i);
+      for (int i = 0; i < RING - 1; i++) fetch_next(i * SLOT_BYTES);
       copies_wait<RING - 2>();
       __syncwarp();
       Elements e;
-      stage_begin(e, mine.ring[0], tiles - 1, 0), stage_end(e, tiles - 1);
-      put(&mine.elements[0][0][0][0], e);
-      for (int i = lane; i < ROWS * PER_WARP * T; i += 32) (&mine.elements[1][0][0][0])[i] = 0.f;  // finished first, to be overwritten
+      stage_begin(e, own_raw, mine.groups[groups - 1].fixed[lane][NEXT_BIAS], tiles - 1, 0), stage_end(e), stage_tail(e, tiles - 1);
+      put(own_elements, e);
+      for (int i = lane; i < HALF; i += 32) (&mine.elements[1][0][0][0])[i] = 0.f;  // finished first, to be overwritten
     }
 #pragma unroll 1
     for (int tile = tiles - 1; tile >= 0; tile--) {
@@ -681,6 +693,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       store_bc(tile);
       __syncthreads();
       if (tile > 0) fetch_bc(tile - 1);
+      int left = steps - tile * T - step;
+      keep(left);
+      const bool ragged = tile >= whole_tiles;
 
       float sum_B[PER][T], sum_C[PER][T];  // dB and dC
 #pragma unroll
@@ -688,19 +703,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
         for (int t = 0; t < T; t++) sum_B[k][t] = sum_C[k][t] = 0.f;
 
+      char* out_next = out_tile -= T * p.grad_step * ITEM;
+      Group* group = mine.groups;
+      float2* last_sums = &mine.groups[groups - 1].sums[lane];
 #pragma unroll 1
-      for (int c = 0; c < groups; c++) {
+      for (int c = 0; c < groups; c++, group++) {
         copies_wait<RING - 3>();
         __syncwarp();
-        fetch_next((slot_at + RING - 1) % RING);
-        const float* const rows = &mine.elements[which][0][0][0] + channel * T;
-        float* const others = &mine.elements[which ^ 1][0][0][0];
-        const int before_c = c == 0 ? groups - 1 : c - 1, after_c = c == groups - 1 ? 0 : c + 1;
-        const float* const kept = SUBTILES == 1 ? (const float*)(mine.ring[slot_at] + PARTS * PART_BYTES) + channel * STATES + s * PER
+        fetch_next(last_slot);
+        const float* const rows = own_rows + half;
+        float* const others = own_elements + (HALF - half);
+        const float* const kept = SUBTILES == 1 ? (const float*)(own_kept + slot)
                                                 : shared.enter[SUBTILES > 1 ? (tile % SUBTILES * WARPS + warp) * GROUPS + c : 0][SUBTILES > 1 ? lane : 0];
-        slot_at = (slot_at + 1) % RING;
-        float A[PER], h[PER], b_fixed[PER], c_fixed[PER];
-        get(A, mine.groups[c].rates[lane]), get(h, kept);
+        last_slot = slot;
+        slot = slot == (RING - 1) * SLOT_BYTES ? 0 : slot + SLOT_BYTES;
+        float fixed[FIXED], A[PER], h[PER], b_fixed[PER], c_fixed[PER];
+        get(fixed, group->fixed[lane]), get(h, kept);
+#pragma unroll
+        for (int k = 0; k < PER; k++) A[k] = fixed[k];
         if constexpr (CONST_B) get(b_fixed, shared.fixed_B[warp * GROUPS + c][0][lane]);
         if constexpr (CONST_C) get(c_fixed, shared.fixed_C[warp * GROUPS + c][0][lane]);
 
@@ -723,13 +743,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           if (!LOAD_AHEAD) load_quad(q);
           else if (q + 1 < QUADS) load_quad(q + 1);
           if (q == 0) finish_begin(last);
-          if (q == QUADS / 4) finish_end(last, others, before_c);
+          if (q == QUADS / 4) finish_end(last, others, fixed[LAST_SKIP], *last_sums);
           if (q == QUADS / 2) {
-            out_at += shared.out_jumps[c == 0];
-            out_count = owns && exists(c) ? steps - tile * T - step : 0;
-            stage_begin(next, mine.ring[slot_at], after_c == 0 ? tile - 1 : tile, after_c);
+            out_at = out_next, out_next += out_over;
+            out_count = c < own_groups ? left : 0;
+            stage_begin(next, own_raw + slot, fixed[NEXT_BIAS], c + 1 == groups ? tile - 1 : tile, c + 1 == groups ? 0 : c + 1);
           }
-          if (q == QUADS * 3 / 4) stage_end(next, after_c == 0 ? tile - 1 : tile);
+          if (q == QUADS * 3 / 4) {
+            stage_end(next);
+            if (ragged && c + 1 < groups) {
+              __syncwarp();  // a branch, which costs less than the selects would
+              stage_tail(next, tile);
+            }
+          }
 #pragma unroll
           for (int k = 0; k < PER; k++)
 #pragma unroll
@@ -746,7 +772,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
         // ---- backward
         float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER], largest = 0.f;
-        get(carried, mine.groups[c].carried[lane]);
+        get(carried, group->carried[lane]);
 #pragma unroll
         for (int k = 0; k < PER; k++) g[k] = carried[k], dA[k] = dB_fixed[k] = dC_fixed[k] = 0.f, largest += fabsf(h[k]);
         sums = {};
@@ -754,7 +780,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         for (int t4 = T - 4; t4 >= 0; t4 -= 4) {
           float dt[4], x[4], dy[4], b[PER][4], cc[PER][4], gb[4], ga[4], y[4];
           get(dt, rows + ROW_DT * PER_WARP * T + t4), get(x, rows + ROW_X * PER_WARP * T + t4), get(dy, rows + ROW_DY * PER_WARP * T + t4);
-          const float2 pattern = mine.pattern[t4 / 4][lane];
+          const float2 pattern = shared.pattern[t4 / 4][lane];
 #pragma unroll
           for (int k = 0; k < PER; k++) {
             if constexpr (CONST_B) b[k][0] = b[k][1] = b[k][2] = b[k][3] = b_fixed[k];
@@ -827,7 +853,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
 #pragma unroll
         for (int k = 0; k < PER; k++) carried[k] = g[k], carried[PER + k] += dA[k];  // a tile at a time: long sums lose less
-        set(mine.groups[c].carried[lane], carried);
+        set(group->carried[lane], carried);
         if constexpr (CONST_B) {
           float* const at = shared.fixed_B[warp * GROUPS + c][1][lane];
 #pragma unroll
@@ -838,7 +864,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
           for (int k = 0; k < PER; k++) at[k] += dC_fixed[k];
         }
-        which ^= 1;
+        half = HALF - half;
+        last_sums = &group->sums[lane];
       }
 
       // ---- dB and dC of the tile: summed over the block's channels, then to device memory
@@ -880,7 +907,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     if (tiles > 0) {
       __syncwarp();
       Ending last;
-      finish_begin(last), finish_end(last, &mine.elements[which ^ 1][0][0][0], groups - 1);
+      finish_begin(last), finish_end(last, own_elements + (HALF - half), mine.groups[0].fixed[lane][LAST_SKIP], mine.groups[groups - 1].sums[lane]);
     }
     copies_wait<0>();
     const i64 part = PARTIALS ? task.slot * p.dim : 0;

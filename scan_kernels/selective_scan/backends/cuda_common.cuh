@@ -8,7 +8,7 @@
 //   CHECKPOINT  the state that enters every CHECKPOINT-th step of a row is kept; 0: none
 //   POLYNOMIAL  of 32 exponentials, how many the FMA pipe computes (16-bit data only)
 //   DIM_LAYOUT 1: u, delta, z, out are dim-contiguous, 0: length-contiguous
-//   ALIGNED 1: every vector of u, delta, z, out may be moved as one access
+//   ALIGNED 1: every vector of u, delta, z, out may be moved as one access, and rows end with whole ones along time
 //   B_AXIS, C_AXIS 0: B, C length-contiguous, 1: state-contiguous; B_ALIGNED, C_ALIGNED as ALIGNED
 //   CONST_B, CONST_C, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, PACKED: the problem's flags
 // and by the struct Params, which cuda.py generates from the list of fields that it fills.
@@ -91,6 +91,7 @@ DEVICE int here() {
 }
 // A register for v, which is not computed anew at each use.
 DEVICE void keep(int& v) { asm volatile("" : "+r"(v)); }
+DEVICE void keep(i64& v) { asm volatile("" : "+l"(v)); }
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
 
 // 2^x for x = dt*A <= 126 on the FMA pipe: nearest integer by a large addend, a polynomial for the rest.
