@@ -7,13 +7,13 @@ A backend is a module ``backends/<name>.py`` (a name without an underscore; ``<n
     supports(problem) -> str | None            None, or why it cannot run, in words a user understands
     configs(problem, device) -> list[Config]   valid candidates, the first a good default
     forward(problem, inputs, outputs, config)
-    backward(problem, inputs, states, cotangents, gradients, config)
+    backward(problem, inputs, kept, cotangents, gradients, config)
 
 and, where deciding what to launch costs more than launching it, also
 
     prepare_forward(problem, inputs, outputs, config) -> run(inputs, outputs)
-    prepare_backward(problem, inputs, states, cotangents, gradients, config)
-        -> run(inputs, states, cotangents, gradients)
+    prepare_backward(problem, inputs, kept, cotangents, gradients, config)
+        -> run(inputs, kept, cotangents, gradients)
 
 ``run`` does what forward or backward does, for any tensors that have the ``signature`` of those it was prepared with,
 on any stream, from any thread, with their device current. It is kept for as long as nobody calls ``Op.forget``, so it

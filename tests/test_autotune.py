@@ -98,7 +98,7 @@ def test_neighbours_share_a_bucket_and_others_do_not():
     other = [{"batch": 6}, {"dim": 10}, {"length": 257}, {"length": 128}, {"sequences": 4}]
     other += [{"direction": "backward"}, {"state": 15}, {"groups": 2}, {"dtype": "bfloat16"}, {"layout": "dim"}]
     other += [{"device": "cuda"}, {"checkpoint": 16}]
-    flags = ("constant_B", "constant_C", "has_D", "has_z", "has_bias", "softplus", "deterministic")
+    flags = ("constant_B", "constant_C", "has_D", "has_z", "has_bias", "softplus", "keep_y", "deterministic")
     other += [{f: True} for f in (*flags, "has_initial_state", "has_last_state")]
     paths = [OP.key(dataclasses.replace(base, **change), CPU).path for change in ({}, *other)]
     assert len(set(paths)) == len(paths)

@@ -112,10 +112,11 @@ class Posed:
     axis: int = 0  # of B and C: 0 length-, 1 state-contiguous
     deterministic: bool = False
     training: bool = True
+    keep_y: bool = False
 
     def problem(self, direction: str) -> Problem:
         problem = self.case.problem(direction, "cuda", training=self.training)
-        return dataclasses.replace(problem, deterministic=self.deterministic)
+        return dataclasses.replace(problem, deterministic=self.deterministic, keep_y=self.keep_y)
 
 
 def mamba(name: str, **fields) -> Case:
@@ -168,6 +169,9 @@ OTHERS = [
     Posed(mamba("state-contiguous fp32, 64 states", dtype="float32", state=64), axis=1),
     Posed(mamba("deterministic"), deterministic=True),
     Posed(mamba("deterministic 64 states", dtype="float32", state=64), deterministic=True),
+    Posed(mamba("keeps y"), keep_y=True),
+    Posed(mamba("keeps y, dim", layout="dim"), keep_y=True),
+    Posed(mamba("keeps y, fp32, 24 states", dtype="float32", state=24), keep_y=True),
     Posed(mamba("few channels", batch=2, dim=12, length=67, dtype="float32")),
 ]  # fmt: skip
 

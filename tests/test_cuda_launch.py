@@ -20,7 +20,7 @@ from scan_kernels.profiling.device import Device
 from scan_kernels.selective_scan.backends import cuda
 from scan_kernels.selective_scan.cases import Case
 from scan_kernels.selective_scan.plan import allocate, gradient_rooms, normal_form, output_rooms
-from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, Outputs
+from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, Kept, Outputs
 
 H100 = Device("cuda", 0, "H100", "sm_90", 132, 232448, 50 << 20, 80 << 30)
 POINTERS = {name for name, kind in cuda.FIELDS.items() if kind.endswith("*")}
@@ -76,11 +76,12 @@ def posed(case: Case, direction: str):
     i = normal_form([t[name] for name in Inputs._fields])
     problem = case.problem(direction, "cuda", training=True)
     last = direction == "forward"
-    outputs = Outputs._make(allocate(i.u, i.A, output_rooms(i.u, i.A, i.cu_seqlens, last, problem.checkpoint)))
+    rooms = output_rooms(i.u, i.A, i.cu_seqlens, last, problem.checkpoint, problem.keep_y)
+    outputs = Outputs._make(allocate(i.u, i.A, rooms))
     if direction == "forward":
         return i, outputs
     gradients = Gradients._make(allocate(i.u, i.A, gradient_rooms(i)))
-    return i, outputs.states, Cotangents(t["dout"], t["dlast_state"]), gradients
+    return i, Kept(outputs.states, outputs.y), Cotangents(t["dout"], t["dlast_state"]), gradients
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -140,8 +141,8 @@ def check_pointers(tensors, params):
     if len(tensors) == 2:
         named |= tensors[1]._asdict()
     else:
-        _, states, cotangents, gradients = tensors
-        named |= {"states": states, "dout": cotangents.dout, "last_state": cotangents.dlast_state}
+        _, kept, cotangents, gradients = tensors
+        named |= {"states": kept.states, "dout": cotangents.dout, "last_state": cotangents.dlast_state}
         # sums may be made of parts first
         named |= {k: g for k, g in gradients._asdict().items() if k not in cuda.SUMS}
     for name, t in named.items():

@@ -54,6 +54,12 @@ SPLIT = {
     },
     "few-warps": {"forward": Config(16, 1, 16), "backward": Config(8, 1, 16, groups=8)},
     "wide": {"forward": Config(4, 8, 32, splits=2), "backward": Config(16, 8, 8, splits=2)},
+    "keeps-y": {"forward": dataclasses.replace(FORWARD, keep_y=True), "backward": BACKWARD},
+    "keeps-y-and-few-states": {
+        "forward": dataclasses.replace(FORWARD, keep_y=True, checkpoint=64, splits=2),
+        "backward": dataclasses.replace(BACKWARD, splits=2),
+    },
+    "keeps-few-states": {"forward": dataclasses.replace(FORWARD, checkpoint=32), "backward": BACKWARD},
     "few-lanes": {"forward": Config(1, 2, 16), "backward": Config(4, 2, 8, splits=2, groups=4)},
 }
 

@@ -23,7 +23,7 @@ from scan_kernels import reference
 from scan_kernels.profiling.device import Device
 from scan_kernels.selective_scan import selective_scan
 from scan_kernels.selective_scan.backends import triton as backend
-from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, Outputs, Problem
+from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 
 H100 = Device("cuda", 0, "H100", "sm_90", 132, 232448, 50 << 20, 80 << 30)
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of a tensor's largest value
@@ -241,7 +241,7 @@ def launches(monkeypatch, problem, config):
     else:
         like = [None if t is None else torch.empty(t.shape, device="meta") for t in inputs[:9]]
         gradients = Gradients(series(), series(), *like[2:6], series(p.has_z), *like[7:])
-        backend.backward(p, inputs, states, Cotangents(series(), last), gradients, config)
+        backend.backward(p, inputs, Kept(states), Cotangents(series(), last), gradients, config)
     return recorded
 
 

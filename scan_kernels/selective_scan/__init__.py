@@ -33,7 +33,7 @@ from .plan import (
     normal_form,
     output_rooms,
 )  # fmt: skip
-from .problem import MAX_STATE, Inputs, Problem, default_checkpoint
+from .problem import MAX_STATE, Inputs, Kept, Problem, default_checkpoint
 
 OP = Op("selective_scan", package=__name__)
 _EAGER = ("cuda", "cpu")  # where a plain tensor is memory that a kernel can be pointed at
@@ -101,7 +101,7 @@ def selective_scan(
     if u is not None and is_eager() and (seen := signature(tensors)) is not None:
         return _run(seen, tensors, softplus, last, backend, config, deterministic)
     converted, flags = _convert(tensors, softplus, last, backend, config, deterministic)
-    out, last_state, _ = _scan(*converted, *flags)
+    out, last_state, *_ = _scan(*converted, *flags)
     return (out, last_state) if last else out
 
 
@@ -122,7 +122,7 @@ def fastest(problem: Problem | dict[str, Any], device: torch.device | str | None
         _validate(*tensors)
         inputs = normal_form(tensors)
         device = device or inputs.u.device
-        problem = as_problem("forward", inputs, bool(softplus), bool(last), 0, False)
+        problem = as_problem("forward", inputs, bool(softplus), bool(last), 0, False, False)
     if not isinstance(problem, Problem):
         _fail(TypeError, "problem", "a Problem or the arguments of selective_scan by name", type(problem).__name__)
     device = torch.device(device or problem.device)
@@ -249,8 +249,10 @@ def _convert(
     checkpoint = 0
     if _keeps(tensors):
         checkpoint = getattr(forward, "checkpoint", 0) or default_checkpoint(A.shape[1])
+    keep_y = checkpoint > 0 and z is not None and bool(getattr(forward, "keep_y", False))
     converted = [u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens]
-    return converted, Flags(softplus, last_state, checkpoint, _repeats(deterministic), _choice(backend, config))
+    flags = Flags(softplus, last_state, checkpoint, keep_y, _repeats(deterministic), _choice(backend, config))
+    return converted, flags
 
 
 def _keeps(tensors: Tensors) -> bool:
@@ -302,7 +304,7 @@ def _run(
                 tensors[k] = _cast(tensors[k], dtype)
     if keeps:
         return SelectiveScan.apply(call.forward, *tensors)
-    out, last, _ = call.forward(tensors)
+    out, last, *_ = call.forward(tensors)
     return (out, last) if last_state else out
 
 
@@ -311,8 +313,8 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Forward, *tensors: Tensor | None) -> Any:
-        out, last_state, states = plan(tensors)
-        ctx.save_for_backward(states, *tensors)
+        out, last_state, *kept = plan(tensors)
+        ctx.save_for_backward(*kept, *tensors)
         ctx.set_materialize_grads(False)
         ctx.flags = plan.flags
         return out if last_state is None else (out, last_state)
@@ -329,19 +331,21 @@ def _backward(ctx: Any, dout: Tensor | None, dlast_state: Tensor | None) -> tupl
         raise RuntimeError(
             "scan_kernels::selective_scan was called with checkpoint=0, which keeps nothing for a backward"
         )
-    states, *tensors = ctx.saved_tensors
+    states, y, *tensors = ctx.saved_tensors
+    if not flags.keep_y:
+        y = None
     if dlast_state is not None and dlast_state.numel() == 0:
         dlast_state = None
     if flags.last_state != (dlast_state is not None):
         flags = flags._replace(last_state=dlast_state is not None)
     # hooks may have put other tensors in the place of those saved, so they are looked at anew
-    seen = signature((dout, dlast_state, states, *tensors)) if is_eager() else None
+    seen = signature((dout, dlast_state, states, y, *tensors)) if is_eager() else None
     if seen is None or torch.is_grad_enabled():  # the latter: a second derivative may be asked for, which must fail
-        softplus, _, checkpoint, deterministic, choice = flags
-        found = _scan_backward(dout, dlast_state, states, *tensors, softplus, checkpoint, deterministic, choice)
+        softplus, _, *others = flags
+        found = _scan_backward(dout, dlast_state, states, y, *tensors, softplus, *others)
         found = [None if t is None else g for g, t in zip(found, tensors[:-1], strict=True)]
     else:
-        found = _plan(Backward, seen, tensors, flags)(dout, dlast_state, states, tensors)
+        found = _plan(Backward, seen, tensors, flags)(dout, dlast_state, Kept(states, y), tensors)
     du, ddelta, dA, dB, dC, *others = found
     return (du, ddelta, dA, dB.to(tensors[3].dtype), dC.to(tensors[4].dtype), *others, None)
 
@@ -377,18 +381,19 @@ def _scan(
     softplus: bool,
     last_state: bool,
     checkpoint: int,
+    keep_y: bool,
     deterministic: bool,
     choice: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward. Returns (out, last_state or empty, states kept for the backward or empty)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Forward. Returns (out, last_state or empty, states and y kept for the backward or empty)."""
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    flags = Flags(softplus, last_state, checkpoint, deterministic, choice)
+    flags = Flags(softplus, last_state, checkpoint, keep_y, deterministic, choice)
     return _present(_plan(Forward, signature(tensors), tensors, flags)(tensors), A)
 
 
 @_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, last_state, checkpoint, deterministic, choice):  # fmt: skip  # noqa: E501
-    return _present(allocate(u, A, output_rooms(u, A, cu_seqlens, last_state, checkpoint)), A)
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, last_state, checkpoint, keep_y, deterministic, choice):  # fmt: skip  # noqa: E501
+    return _present(allocate(u, A, output_rooms(u, A, cu_seqlens, last_state, checkpoint, keep_y)), A)
 
 
 @torch.library.custom_op("scan_kernels::selective_scan_backward", mutates_args=())
@@ -396,6 +401,7 @@ def _scan_backward(
     dout: Tensor | None,
     dlast_state: Tensor | None,
     states: Tensor,
+    y: Tensor | None,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -408,30 +414,31 @@ def _scan_backward(
     cu_seqlens: Tensor | None,
     softplus: bool,
     checkpoint: int,
+    keep_y: bool,
     deterministic: bool,
     choice: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in the order of ``Gradients``; an empty tensor stands for an input that was not given."""
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    flags = Flags(softplus, dlast_state is not None, checkpoint, deterministic, choice)
-    plan = _plan(Backward, signature((dout, dlast_state, states, *tensors)), tensors, flags)
-    return _present(plan(dout, dlast_state, states, tensors), A)
+    flags = Flags(softplus, dlast_state is not None, checkpoint, keep_y, deterministic, choice)
+    plan = _plan(Backward, signature((dout, dlast_state, states, y, *tensors)), tensors, flags)
+    return _present(plan(dout, dlast_state, Kept(states, y), tensors), A)
 
 
 @_scan_backward.register_fake
-def _(dout, dlast_state, states, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, checkpoint, deterministic, choice):  # fmt: skip  # noqa: E501
+def _(dout, dlast_state, states, y, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus, checkpoint, keep_y, deterministic, choice):  # fmt: skip  # noqa: E501
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     return _present(allocate(u, A, gradient_rooms(tensors)), A)
 
 
 def _setup_context(ctx, inputs, output):
     tensors, ctx.flags = inputs[:10], Flags(*inputs[10:])
-    ctx.save_for_backward(output[2], *tensors)
-    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*output[2:], *tensors)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _registered_backward(ctx, dout, dlast_state, _):
+def _registered_backward(ctx, dout, dlast_state, *_):
     return (*_backward(ctx, dout, dlast_state), *(None for _ in Flags._fields))
 
 

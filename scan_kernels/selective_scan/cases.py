@@ -22,7 +22,7 @@ from ..reference import selective_scan as float64_scan
 from ..reference import selective_scan_backward as float64_backward
 from . import OP, selective_scan
 from .plan import allocate, gradient_rooms, normal_form, output_rooms
-from .problem import MAX_STATE, Cotangents, Gradients, Inputs, Outputs, Problem, default_checkpoint
+from .problem import MAX_STATE, Cotangents, Gradients, Inputs, Kept, Outputs, Problem, default_checkpoint
 
 Tensors = dict[str, Any]
 Launch = Callable[[ModuleType, Any], Callable[[], None]]  # (backend, config) -> a call of its kernels, nothing else
@@ -184,15 +184,17 @@ def launcher(tensors: Tensors, problem: Problem) -> Launch:
     i = normal_form([tensors[name] for name in Inputs._fields])
     forward = dataclasses.replace(problem, direction="forward")
     last = problem.has_last_state
-    outputs = Outputs._make(allocate(i.u, i.A, output_rooms(i.u, i.A, i.cu_seqlens, last, problem.checkpoint)))
-    states = outputs.states
+    rooms = output_rooms(i.u, i.A, i.cu_seqlens, last, problem.checkpoint, problem.keep_y)
+    outputs = Outputs._make(allocate(i.u, i.A, rooms))
     if problem.direction == "forward":
         return lambda module, config: functools.partial(module.forward, forward, i, outputs, config)
+    assert outputs.states is not None
+    kept = Kept(outputs.states, outputs.y)
     chosen = OP.resolve(forward, i.u.device)
     chosen.module.forward(forward, i, outputs, chosen.config)
     cotangents = Cotangents(tensors["dout"], tensors["dlast_state"] if last else None)
     gradients = Gradients._make(allocate(i.u, i.A, gradient_rooms(i)))
-    return lambda module, config: functools.partial(module.backward, problem, i, states, cotangents, gradients, config)
+    return lambda module, config: functools.partial(module.backward, problem, i, kept, cotangents, gradients, config)
 
 
 def parse(text: str, dtype: str) -> Case:

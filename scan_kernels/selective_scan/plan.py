@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..op import Op
-from .problem import Cotangents, Gradients, Inputs, Outputs, Problem
+from .problem import Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 Tensors = Sequence[Any]  # a Tensor or None for each field of ``Inputs``
@@ -59,7 +59,7 @@ def normal_form(tensors: Tensors) -> Inputs:
 
 
 def as_problem(
-    direction: str, i: Inputs, softplus: bool, last_state: bool, checkpoint: int, deterministic: bool
+    direction: str, i: Inputs, softplus: bool, last_state: bool, checkpoint: int, keep_y: bool, deterministic: bool
 ) -> Problem:
     """The problem that inputs in normal form pose."""
     batch, dim, length = i.u.shape
@@ -83,6 +83,7 @@ def as_problem(
         has_initial_state=i.initial_state is not None,
         has_last_state=last_state,
         checkpoint=checkpoint,
+        keep_y=keep_y,
         deterministic=deterministic,
     )
 
@@ -113,9 +114,9 @@ def _float32(shape: Sequence[int]) -> Room:
 
 
 def output_rooms(
-    u: Tensor, A: Tensor, cu_seqlens: Tensor | None, last_state: bool, checkpoint: int
+    u: Tensor, A: Tensor, cu_seqlens: Tensor | None, last_state: bool, checkpoint: int, keep_y: bool
 ) -> tuple[Room | None, ...]:
-    """For each of ``Outputs``; checkpoint: steps between kept states, 0 to keep none."""
+    """For each of ``Outputs``; checkpoint: steps between kept states, 0 to keep none; keep_y: y too."""
     (batch, _, length), (dim, state) = u.shape, A.shape
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = 0
@@ -125,6 +126,7 @@ def output_rooms(
         _dense(u),
         _float32((rows, dim, state)) if last_state else None,
         _float32((slots, dim, state)) if checkpoint else None,
+        _dense(u) if keep_y else None,
     )
 
 
@@ -151,6 +153,7 @@ class Flags(NamedTuple):
     softplus: bool
     last_state: bool  # forward: return it; backward: its gradient is given
     checkpoint: int  # steps between kept states; 0: there is no backward
+    keep_y: bool  # whether y is kept
     deterministic: bool
     choice: str  # of ``encode_choice``
 
@@ -166,7 +169,7 @@ class _Plan:
         pairs = enumerate(zip(tensors, inputs, strict=True))
         self.changes = [(k, forms[k]) for k, (given, normal) in pairs if given is not normal]
         self.op, self.flags = op, flags
-        self.problem = as_problem(self.direction, inputs, *flags[:4])
+        self.problem = as_problem(self.direction, inputs, *flags[:5])
         self.empty = self.problem.elements == 0
         self.run: Callable[..., None] | None = None
 
@@ -194,7 +197,7 @@ class Forward(_Plan):
     def __init__(self, op: Op, tensors: Tensors, flags: Flags):
         super().__init__(op, tensors, flags)
         i = Inputs._make(tensors)
-        self.rooms = output_rooms(i.u, i.A, i.cu_seqlens, flags.last_state, flags.checkpoint)
+        self.rooms = output_rooms(i.u, i.A, i.cu_seqlens, flags.last_state, flags.checkpoint, flags.keep_y)
 
     def __call__(self, tensors: Tensors) -> Outputs:
         """Run. What was not asked for is None."""
@@ -218,7 +221,7 @@ class Backward(_Plan):
         self.along = ALONG[self.problem.layout]
 
     def __call__(
-        self, dout: Tensor | None, dlast_state: Tensor | None, states: Tensor, tensors: Tensors
+        self, dout: Tensor | None, dlast_state: Tensor | None, kept: Kept, tensors: Tensors
     ) -> list[Tensor | None]:
         """Run. For each of ``Gradients``, shaped like what it belongs to; None where that was not given."""
         inputs = self.inputs(tensors)
@@ -232,7 +235,7 @@ class Backward(_Plan):
                 self.along(dout.to(inputs.u.dtype)),
                 None if dlast_state is None else dlast_state.float().contiguous(),
             )
-            self.launch(inputs.u.device, inputs, states, cotangents, gradients)
+            self.launch(inputs.u.device, inputs, kept, cotangents, gradients)
             return found
         for g in found:
             if g is not None:

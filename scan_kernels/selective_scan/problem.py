@@ -38,6 +38,7 @@ class Problem:
     has_initial_state: bool = False
     has_last_state: bool = False  # forward: write it; backward: its cotangent is given
     checkpoint: int = 0  # keep the state that enters every checkpoint-th step; 0: keep none
+    keep_y: bool = False  # keep what z gates, too; else a backward computes it anew
     deterministic: bool = False
 
     @property
@@ -80,7 +81,7 @@ class Problem:
         bc = self.batch * self.groups * self.state * self.length * item * variable
         params = 4 * self.dim * (self.state * (3 - variable) + self.has_D + self.has_bias)
         states = 4 * self.dim * self.state * (self.checkpoints + self.rows * self.has_initial_state)
-        last = 4 * self.dim * self.state * self.rows * self.has_last_state
+        last = 4 * self.dim * self.state * self.rows * self.has_last_state + n * item * self.keep_y
         if self.direction == "forward":
             return n * item * (3 + self.has_z) + bc + params + states + last
         # u, delta, dout, (z) read; du, ddelta, (dz) written; B, C read and their gradients written
@@ -133,11 +134,20 @@ class Outputs(NamedTuple):
     out: like u. last_state: (rows, dim, state) float32 if ``problem.has_last_state``.
     states: (problem.checkpoints, dim, state) float32 if ``problem.checkpoint``: the state that enters step
     k*checkpoint of its row, initial_state (or zero) for k = 0; packed slots that no sequence owns stay unwritten.
+    y: like out, if ``problem.keep_y``: C h + D u, which silu(z) multiplies.
     """
 
     out: Tensor
     last_state: Tensor | None
     states: Tensor | None
+    y: Tensor | None = None
+
+
+class Kept(NamedTuple):
+    """What a forward kept for its backward: the last two of ``Outputs``."""
+
+    states: Tensor
+    y: Tensor | None = None
 
 
 class Cotangents(NamedTuple):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from ..problem import Cotangents, Gradients, Inputs, Outputs, Problem
+from ..problem import Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 
 RANK = 2
 
@@ -40,7 +40,7 @@ class Config:
 
 
 def supports(problem: Problem) -> str | None:
-    return None
+    return "does not keep y for the backward" if problem.keep_y else None
 
 
 def configs(problem: Problem, device) -> list[Config]:
@@ -217,7 +217,7 @@ def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) 
 
 @torch.no_grad()
 def backward(
-    problem: Problem, inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients, config: Config
+    problem: Problem, inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients, config: Config
 ) -> None:
     s = _Scan(problem, inputs, problem.checkpoint)
     size, count = s.chunks.size, s.chunks.count
@@ -251,7 +251,7 @@ def backward(
         if padding is not None:
             a.masked_fill_(padding, 0)
         a.exp_()
-        h = torch.cat([s.states_in(states[slots])[None], x_ * B_])  # entering steps 0 .. size
+        h = torch.cat([s.states_in(kept.states[slots])[None], x_ * B_])  # entering steps 0 .. size
         for k in range(size):
             h[k + 1].addcmul_(a[k], h[k])
         G = dy_ * C_

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Cotangents, Gradients, Inputs, Outputs, Problem
+from ..problem import Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 
 RANK = 0
 LANES = 16
@@ -27,7 +27,9 @@ class Config:
 
 
 def supports(problem: Problem) -> str | None:
-    return None if problem.device == "cpu" else f"runs on the CPU only, not on {problem.device}"
+    if problem.device != "cpu":
+        return f"runs on the CPU only, not on {problem.device}"
+    return "does not keep y for the backward" if problem.keep_y else None
 
 
 def configs(problem: Problem, device) -> list[Config]:
@@ -119,7 +121,7 @@ def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) 
 
 
 def backward(
-    problem: Problem, inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients, config: Config
+    problem: Problem, inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients, config: Config
 ) -> None:
     """Sums over channels or rows that several tasks share go through one partial sum for each task, added in order."""
     from . import cpu_kernels
@@ -128,7 +130,7 @@ def backward(
     call, offsets = _call(problem, inputs, config)
     c = call[0]
     parts, chunks = int(c["parts"]), int(c["chunks"])
-    _fill(c, "states", states)
+    _fill(c, "states", kept.states)
     _fill(c, "dlast_state", cotangents.dlast_state)
     _fill(c, "dout", cotangents.dout, "bdt")
     for name in ("du", "ddelta", "dz"):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...cuda_module import Kernel
-from ..problem import ITEMSIZE, Cotangents, Gradients, Inputs, Outputs, Problem
+from ..problem import ITEMSIZE, Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 
 RANK = 0
 FOLDER = Path(__file__).parent
@@ -27,7 +27,12 @@ SCAN, LEAVE, ADJOINT = 0, 1, 2  # MODE of cuda_forward.cu
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tunables of one direction."""
+    """Tunables of one direction.
+
+    Between forward and backward, 4 state/checkpoint bytes of float32 states are kept for each element of u beyond the
+    inputs (4 at 16 states and the default checkpoint of 16; 2 at 32, 1 at 64), and with ``keep_y`` the size of an
+    element of u (2, or 4 for float32). More kept is less computed again; the backward takes what the forward kept.
+    """
 
     lanes: int  # lanes of a warp that share a channel, each with state/lanes states; a power of two up to 32
     warps: int  # warps of a block
@@ -37,6 +42,7 @@ class Config:
     groups: int = 1  # backward: groups of channels that a warp walks in turn
     chain: int = 0  # backward: 1: parts hand the adjoint on through flags, 0: an extra pass finds it
     checkpoint: int = 0  # forward: steps between kept states, a multiple of 16; 0: the op's default
+    keep_y: bool = False  # forward: keep what z gates, too, which the backward else computes anew
     polynomial: int = 0  # forward, 16-bit data: of 32 exponentials, how many are polynomials instead
 
     def __post_init__(self) -> None:
@@ -251,7 +257,7 @@ SIZES = (
     *(f"{t}_{axis}" for t in ("u", "delta", "z", "out", "dout", "grad") for axis in ("batch", "dim", "step")),
     *(f"{t}_{axis}" for t in ("B", "C") for axis in ("batch", "group", "state", "step")),
 )  # fmt: skip
-SCALARS = ("u", "delta", "z", "out", "dout", "du", "ddelta", "dz", "B", "C", "cu_seqlens", "tickets")
+SCALARS = ("u", "delta", "z", "out", "y", "dout", "du", "ddelta", "dz", "B", "C", "cu_seqlens", "tickets")
 FLOATS = (
     "A", "D", "delta_bias", "initial_state", "last_state", "states", "span_end", "span_time",
     "dA", "dB", "dC", "dD", "ddelta_bias", "dinitial_state",
@@ -293,6 +299,7 @@ def defines(
         "SOFTPLUS": int(problem.softplus),
         "PACKED": int(problem.sequences > 0),
         "CHECKPOINT": problem.checkpoint,
+        "KEEP_Y": int(problem.keep_y),
     }
 
 
@@ -476,7 +483,7 @@ def prepare_forward(
     launch = scan.kernel().prepare(blocks * slots, config.threads, scan.shared_bytes, sizes)
 
     def run(inputs: Inputs, outputs: Outputs) -> None:
-        pointers = _pointers(inputs, out=outputs.out, last_state=outputs.last_state, states=outputs.states)
+        pointers = _pointers(inputs, out=outputs.out, last_state=outputs.last_state, states=outputs.states, y=outputs.y)
         if enter is not None:
             scratch = inputs.u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
             pointers |= _span_pointers(problem, scratch, slots)
@@ -487,15 +494,15 @@ def prepare_forward(
 
 
 def backward(
-    problem: Problem, inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients, config: Config
+    problem: Problem, inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients, config: Config
 ) -> None:
     """Fill the gradients. Sums over rows and channels are atomic, or per block and added in order if deterministic."""
-    prepare_backward(problem, inputs, states, cotangents, gradients, config)(inputs, states, cotangents, gradients)
+    prepare_backward(problem, inputs, kept, cotangents, gradients, config)(inputs, kept, cotangents, gradients)
 
 
 def prepare_backward(
-    problem: Problem, inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients, config: Config
-) -> Callable[[Inputs, Tensor, Cotangents, Gradients], None]:
+    problem: Problem, inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients, config: Config
+) -> Callable[[Inputs, Kept, Cotangents, Gradients], None]:
     """``backward`` for all tensors of this signature, as ``prepare_forward`` has it."""
     (*first, scan), sizes = _describe(problem, inputs, config, {"dout": cotangents.dout, "du": gradients.du})
     splits, span, slots = _spans(problem, config)
@@ -521,11 +528,11 @@ def prepare_backward(
         count = min(count, torch.cuda.get_device_properties(inputs.u.device).multi_processor_count * config.blocks)
     launch = scan.kernel().prepare(count, config.threads, scan.shared_bytes, sizes)
 
-    def run(inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients) -> None:
+    def run(inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients) -> None:
         u, g = inputs.u, gradients
         pointers = _pointers(
-            inputs, states=states, dout=cotangents.dout, last_state=cotangents.dlast_state, du=g.du, ddelta=g.ddelta,
-            dz=g.dz, dinitial_state=g.dinitial_state,
+            inputs, states=kept.states, y=kept.y, dout=cotangents.dout, last_state=cotangents.dlast_state, du=g.du,
+            ddelta=g.ddelta, dz=g.dz, dinitial_state=g.dinitial_state,
         )  # fmt: skip
         if splits > 1:
             scratch = u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)

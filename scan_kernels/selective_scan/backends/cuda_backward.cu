@@ -31,6 +31,7 @@
 
 constexpr int T = TILE;
 constexpr int SUBTILES = CHECKPOINT / T;
+constexpr bool SUM_Y = HAS_Z && !KEEP_Y;                    // y = C h + D u is computed anew
 constexpr int RING = 4;                                     // items in flight, and the one at hand
 constexpr int STRIDE = WARPS * PER_WARP;                    // channels between a warp's groups
 constexpr bool TWO_PARTS = DTYPE != 1;                      // the tensor cores keep 11 bits, enough for bfloat16 data
@@ -500,13 +501,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     int out_count = 0;
     keep(out_over), keep(to_ddelta), keep(to_dz);
     const int own_groups = owns ? (count - within(0) - channel + STRIDE - 1) / STRIDE : 0;  // whose channel exists
+    // what the forward kept of y of the lane's steps at `at` in du, whose layout it has
+    i64 to_y = (char*)p.y - (char*)p.du;
+    keep(to_y);
+    u32 kept_y[STEPS] = {};
+    auto fetch_y = [&](const char* at, int count) {
+      constexpr bool VECTOR = ALIGNED && !DIM_LAYOUT && STEPS * ITEM >= 4;
+      if constexpr (VECTOR) {
+        if (count <= 0) return;
+#pragma unroll
+        for (int i = 0; i < STEPS * ITEM / 4; i++) kept_y[i] = ((const u32*)(at + to_y))[i];
+      } else {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) kept_y[i] = i < count ? bits(((const scalar*)(at + to_y))[i * p.grad_step]) : 0u;
+      }
+    };
+    auto kept_y_at = [&](int i) {
+      constexpr bool PAIRS = ALIGNED && !DIM_LAYOUT && STEPS * ITEM >= 4 && ITEM == 2;
+      return PAIRS ? (i & 1 ? high(kept_y[i / 2]) : low(kept_y[i / 2])) : low(kept_y[i]);
+    };
     struct Ending {
       float gb[STEPS], ga[STEPS], y[STEPS];
     };
     auto finish_begin = [&](Ending& e) {
       merge(e.gb, {sums.first.x, sums.first.y, sums.second.x, sums.second.y}, lane);
       merge(e.ga, {sums.first.z, sums.first.w, sums.second.z, sums.second.w}, lane);
-      if (HAS_Z) merge(e.y, {sums.y.x, sums.y.y, sums.y.z, sums.y.w}, lane);
+      if (SUM_Y) merge(e.y, {sums.y.x, sums.y.y, sums.y.z, sums.y.w}, lane);
     };
     auto finish_end = [&](Ending& e, const float* from, float skip, float2& so_far) {  // from: a lane's own elements
       float dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
@@ -515,9 +535,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       get(slope, from + ROW_SLOPE * PER_WARP * T);
       if (HAS_Z) get(gate, from + ROW_GATE * PER_WARP * T);
       float2 total = so_far;
+      if (KEEP_Y)
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) y[i] = kept_y_at(i);
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
-        if (HAS_Z) y[i] = gate[i] * (HAS_D ? fmaf(skip, u[i], y[i] * TRUNCATED) : y[i] * TRUNCATED);  // now dz
+        if (SUM_Y) y[i] = HAS_D ? fmaf(skip, u[i], y[i] * TRUNCATED) : y[i] * TRUNCATED;
+        if (HAS_Z) y[i] *= gate[i];                                                                    // now dz
         ga[i] = fmaf(u[i], gb[i], ga[i] * (DTYPE == 0 ? 1.f : LN2)) * slope[i];                       // now ddelta
         gb[i] *= dt[i] * (DTYPE == 0 ? LN2 : TRUNCATED);                                              // now du
         if (HAS_D) gb[i] = fmaf(skip, dy[i], gb[i]), total.x = fmaf(dy[i], u[i], total.x);
@@ -747,6 +771,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           if (q == QUADS / 2) {
             out_at = out_next, out_next += out_over;
             out_count = c < own_groups ? left : 0;
+            if (KEEP_Y) fetch_y(out_at, out_count);
             stage_begin(next, own_raw + slot, fixed[NEXT_BIAS], c + 1 == groups ? tile - 1 : tile, c + 1 == groups ? 0 : c + 1);
           }
           if (q == QUADS * 3 / 4) {
@@ -793,7 +818,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             const int t = t4 + j;
 #pragma unroll
             for (int k = 0; k < PER; k++) {
-              if (HAS_Z) y[j] = k == 0 ? cc[0][j] * h[0] : fmaf(cc[k][j], h[k], y[j]);
+              if (SUM_Y) y[j] = k == 0 ? cc[0][j] * h[0] : fmaf(cc[k][j], h[k], y[j]);
               if constexpr (CONST_C) dC_fixed[k] = fmaf(dy[j], h[k], dC_fixed[k]);
               else sum_C[k][t] = fmaf(dy[j], h[k], sum_C[k][t]);
               h[k] = before[k][t];
@@ -809,7 +834,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           }
           sum_lanes(sums.first, gb[0], gb[1], ga[0], ga[1], pattern);
           sum_lanes(sums.second, gb[2], gb[3], ga[2], ga[3], pattern);
-          if (HAS_Z) sum_lanes(sums.y, y[0], y[1], y[2], y[3], pattern);
+          if (SUM_Y) sum_lanes(sums.y, y[0], y[1], y[2], y[3], pattern);
           if (t4 > 0) __syncwarp();  // four steps end before four begin: fewer registers
         }
 #pragma unroll
@@ -836,12 +861,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
               const float cc = CONST_C ? c_fixed[k] : shared.C[(k * LANES + s) * PITCH + t];
               const float adjoint = fmaf(cc, rows[ROW_DY * PER_WARP * T + t], g[k]);
               g[k] = e * adjoint;
-              gb = fmaf(adjoint, b_at(t), gb), ga = fmaf(A[k], g[k] * from, ga), y = fmaf(cc, to, y);
+              gb = fmaf(adjoint, b_at(t), gb), ga = fmaf(A[k], g[k] * from, ga);
+              if (SUM_Y) y = fmaf(cc, to, y);
             }
 #pragma unroll
             for (int m = 1; m < LANES; m <<= 1) {
               gb += __shfl_xor_sync(0xffffffffu, gb, m), ga += __shfl_xor_sync(0xffffffffu, ga, m);
-              if (HAS_Z) y += __shfl_xor_sync(0xffffffffu, y, m);
+              if (SUM_Y) y += __shfl_xor_sync(0xffffffffu, y, m);
             }
             if (owns && t >= step && t < step + STEPS) {
               if (t % 4 == 0) sums.first.x = gb, sums.first.z = ga, sums.y.x = y;

@@ -10,6 +10,7 @@
 //   DIM_LAYOUT 1: u, delta, z, out are dim-contiguous, 0: length-contiguous
 //   ALIGNED 1: every vector of u, delta, z, out may be moved as one access, and rows end with whole ones along time
 //   B_AXIS, C_AXIS 0: B, C length-contiguous, 1: state-contiguous; B_ALIGNED, C_ALIGNED as ALIGNED
+//   KEEP_Y 1: y = C h + D u is kept for the backward, too
 //   CONST_B, CONST_C, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, PACKED: the problem's flags
 // and by the struct Params, which cuda.py generates from the list of fields that it fills.
 //

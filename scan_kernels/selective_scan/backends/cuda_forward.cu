@@ -342,20 +342,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       if (o.any) {
         Raw ru, rz, r;
         if (HAS_D) read(ru, raw_u + buffer * RAW_WORDS);
-        if (HAS_Z) read(rz, raw_z);
         float v[OWN_C][OWN_T];
 #pragma unroll
         for (int c = 0; c < OWN_C; c++) {
           const float skip = HAS_D ? per_channel(p.D, c) : 0.f;
           tile_read(v[c], dt_tile, o.channel + c, o.step);
 #pragma unroll
-          for (int t = 0; t < OWN_T; t++) {
+          for (int t = 0; t < OWN_T; t++)
             if (HAS_D) v[c][t] = fmaf(skip, ru.at(c, t), v[c][t]);
-            if (HAS_Z) {
+        }
+        if constexpr (KEEP_Y) {
+          put(r, v);
+          store(r, place(p.y, p.out_batch, p.out_dim, p.out_step, t0), p.out_step, n);
+        }
+        if constexpr (HAS_Z) {
+          read(rz, raw_z);
+#pragma unroll
+          for (int c = 0; c < OWN_C; c++)
+#pragma unroll
+            for (int t = 0; t < OWN_T; t++) {
               const float gate = rz.at(c, t);
               v[c][t] *= gate * sigmoid(gate);
             }
-          }
         }
         put(r, v);
         store(r, PLACE(out, t0), p.out_step, n);

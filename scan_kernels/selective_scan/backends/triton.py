@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ...profiling.device import Device
-from ..problem import Cotangents, Gradients, Inputs, Outputs, Problem
+from ..problem import Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 from . import triton_kernels as kernels
 
 RANK = 1
@@ -36,7 +36,7 @@ def supports(problem: Problem) -> str | None:
         return "needs a CUDA device (on a CPU only in Triton's interpreter: TRITON_INTERPRET=1)"
     if problem.device not in ("cpu", "cuda"):
         return f"needs a CUDA device, not {problem.device!r}"
-    return None
+    return "does not keep y for the backward" if problem.keep_y else None
 
 
 class _Tile(NamedTuple):
@@ -192,7 +192,7 @@ def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) 
 
 
 def backward(
-    problem: Problem, inputs: Inputs, states: Tensor, cotangents: Cotangents, gradients: Gradients, config: Config
+    problem: Problem, inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients, config: Config
 ) -> None:
     u, delta, A, B, C, D, z, bias, _, cu = inputs
     dout, dlast = cotangents
@@ -213,7 +213,7 @@ def backward(
         )  # fmt: skip
         _combine(problem, A, dlast, entering, steps, pieces, reverse=True)
 
-    kept = A.new_empty(problem.rows, pieces, tiling["TILES"], *A.shape) if tiling["TILES"] > 1 else None
+    within = A.new_empty(problem.rows, pieces, tiling["TILES"], *A.shape) if tiling["TILES"] > 1 else None
     # sums over several programs: atomic additions, or, where order matters, parts that torch adds up
     shared = {"dB": problem.constant_B, "dC": problem.constant_C, "dA": True, "dD": True, "ddelta_bias": True}
     targets, parts = {}, {}
@@ -228,7 +228,7 @@ def backward(
         targets[name] = parts.get(name, gradient)
     atomic = not problem.deterministic
     kernels.backward_kernel[grid](
-        u, delta, A, B, C, D, z, bias, cu, states, kept, dout, dlast, entering,
+        u, delta, A, B, C, D, z, bias, cu, kept.states, within, dout, dlast, entering,
         gradients.du, gradients.ddelta, targets["dA"], targets["dB"], targets["dC"], targets["dD"], gradients.dz,
         targets["ddelta_bias"], gradients.dinitial_state,
         *sizes, *_strides(problem, u, delta, z, dout, gradients.du, gradients.ddelta, gradients.dz),
