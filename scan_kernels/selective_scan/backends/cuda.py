@@ -135,7 +135,9 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     recomputed = problem.checkpoint // config.tile
     slot = (3 + problem.has_z) * part + (config.per_warp * per * config.lanes * 4 if recomputed == 1 else 0)
     group = 128 * (_ceil(per + 2, 4) * 4 + 2 * per + 2)
-    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 2048 + config.groups * group
+    steps = max(1, min(4, 16 // config.lanes))
+    y = 128 * _ceil(steps * item, 4) if problem.keep_y else 16
+    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 2048 + y + config.groups * group
     flushed = max(1, variable * per * config.tile // 4) * 512
     fixed = [config.warps * config.groups * 256 * per if f else 16 for f in (problem.constant_B, problem.constant_C)]
     enter = recomputed * config.warps * config.groups * 128 * per if recomputed > 1 else 16

@@ -290,6 +290,7 @@ struct Warp {
   unsigned char ring[RING][SLOT_BYTES];
   // bytes from a lane's pieces of an item to those of the next, of inputs and of kept states: 0 over to the next group,
   // 1 back to the next tile
+  u32 y[KEEP_Y ? 32 : 1][(STEPS * ITEM + 3) / 4];  // of the lane's steps of the item at hand
   struct alignas(16) Jump { i64 inputs; int kept; } jumps[KEPT_ROUNDS > 1 ? 2 : 1][2][32];
   Group groups[GROUPS];
 };
@@ -501,24 +502,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     int out_count = 0;
     keep(out_over), keep(to_ddelta), keep(to_dz);
     const int own_groups = owns ? (count - within(0) - channel + STRIDE - 1) / STRIDE : 0;  // whose channel exists
-    // what the forward kept of y of the lane's steps at `at` in du, whose layout it has
-    i64 to_y = (char*)p.y - (char*)p.du;
-    keep(to_y);
-    u32 kept_y[STEPS] = {};
+    // what the forward kept of y of the lane's steps at `at` in du, whose layout it has; read when the item is finished
     auto fetch_y = [&](const char* at, int count) {
-      constexpr bool VECTOR = ALIGNED && !DIM_LAYOUT && STEPS * ITEM >= 4;
-      if constexpr (VECTOR) {
-        if (count <= 0) return;
-#pragma unroll
-        for (int i = 0; i < STEPS * ITEM / 4; i++) kept_y[i] = ((const u32*)(at + to_y))[i];
+      const char* const from = at + ((const char*)p.y - (const char*)p.du);
+      u32* const to = mine.y[lane];
+      if constexpr (ALIGNED && !DIM_LAYOUT && STEPS * ITEM >= 4) {
+        copy_async<STEPS * ITEM>(to, from, count > 0 ? STEPS * ITEM : 0);
       } else {
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) kept_y[i] = i < count ? bits(((const scalar*)(at + to_y))[i * p.grad_step]) : 0u;
+        for (int i = 0; i < STEPS; i++) {
+          const u32 v = i < count ? bits(((const scalar*)from)[i * p.grad_step]) : 0u;
+          if (ITEM == 2 && i % 2 == 1) to[i / 2] |= v << 16; else to[i * ITEM / 4] = v;
+        }
       }
-    };
-    auto kept_y_at = [&](int i) {
-      constexpr bool PAIRS = ALIGNED && !DIM_LAYOUT && STEPS * ITEM >= 4 && ITEM == 2;
-      return PAIRS ? (i & 1 ? high(kept_y[i / 2]) : low(kept_y[i / 2])) : low(kept_y[i]);
     };
     struct Ending {
       float gb[STEPS], ga[STEPS], y[STEPS];
@@ -537,7 +533,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       float2 total = so_far;
       if (KEEP_Y)
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) y[i] = kept_y_at(i);
+        for (int i = 0; i < STEPS; i++) {
+          const u32 v = mine.y[lane][i * ITEM / 4];
+          y[i] = ITEM == 2 && i % 2 == 1 ? high(v) : low(v);
+        }
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
         if (SUM_Y) y[i] = HAS_D ? fmaf(skip, u[i], y[i] * TRUNCATED) : y[i] * TRUNCATED;
@@ -732,7 +731,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       float2* last_sums = &mine.groups[groups - 1].sums[lane];
 #pragma unroll 1
       for (int c = 0; c < groups; c++, group++) {
-        copies_wait<RING - 3>();
+        copies_wait<KEEP_Y ? 0 : RING - 3>();
         __syncwarp();
         fetch_next(last_slot);
         const float* const rows = own_rows + half;
@@ -771,7 +770,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           if (q == QUADS / 2) {
             out_at = out_next, out_next += out_over;
             out_count = c < own_groups ? left : 0;
-            if (KEEP_Y) fetch_y(out_at, out_count);
+            if (KEEP_Y) fetch_y(out_at, out_count), copies_commit();
             stage_begin(next, own_raw + slot, fixed[NEXT_BIAS], c + 1 == groups ? tile - 1 : tile, c + 1 == groups ? 0 : c + 1);
           }
           if (q == QUADS * 3 / 4) {
@@ -790,7 +789,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
               decay[k][t] = decay_of(dt[q % 2][j], A[k]);
               h[k] = fmaf(decay[k][t], h[k], x[q % 2][j] * b[q % 2][k][j]);
             }
-          if (q + 1 < QUADS) __syncwarp();
+          if (!LOAD_AHEAD && q + 1 < QUADS) __syncwarp();  // what is loaded for the next quad stays behind it: fewer registers
         }
         put(others, next);
         __syncwarp();
@@ -835,7 +834,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           sum_lanes(sums.first, gb[0], gb[1], ga[0], ga[1], pattern);
           sum_lanes(sums.second, gb[2], gb[3], ga[2], ga[3], pattern);
           if (SUM_Y) sum_lanes(sums.y, y[0], y[1], y[2], y[3], pattern);
-          if (t4 > 0) __syncwarp();  // four steps end before four begin: fewer registers
+          if (!LOAD_AHEAD && t4 > 0) __syncwarp();
         }
 #pragma unroll
         for (int k = 0; k < PER; k++) largest += fabsf(g[k]);
@@ -931,6 +930,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
     // ---- what is summed over the whole span
     if (tiles > 0) {
+      copies_wait<0>();
       __syncwarp();
       Ending last;
       finish_begin(last), finish_end(last, own_elements + (HALF - half), mine.groups[0].fixed[lane][LAST_SKIP], mine.groups[groups - 1].sums[lane]);
