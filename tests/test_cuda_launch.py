@@ -62,6 +62,7 @@ def launches(monkeypatch):
 CASES = [
     Case("plain", batch=2, dim=40, length=300, initial_state=True),
     Case("long", batch=1, dim=8, length=6000, dtype="bfloat16"),
+    Case("relay", batch=1, dim=1100, length=1000, dtype="bfloat16", initial_state=True),
     Case("channels innermost", batch=1, dim=40, length=2000, layout="dim", groups=2, dtype="float16"),
     Case("bare", batch=2, dim=40, length=300, D=False, z=False, bias=False, softplus=False),
     Case("constant", batch=2, dim=40, length=300, constant_B=True, constant_C=True),

@@ -73,6 +73,57 @@ def test_explicit_configurations(name, deterministic, layout):
     accept(case, tensors, cases.candidate(tensors, "cuda", SPLIT[name], deterministic))
 
 
+RELAYS = {
+    "late": Config(4, 8, 16, 2, relay=1),
+    "early": Config(4, 6, 16, 2, relay=2),
+    "two turns": Config(4, 2, 16, relay=2),
+    "groups": Config(8, 15, 16, groups=5, relay=1),
+    "groups, early": Config(8, 12, 16, groups=3, relay=2),
+}
+ODD = (
+    *(cases.Case(f"{n} steps", batch=2, dim=40, length=n, initial_state=True) for n in (1, 15, 16, 17, 100, 1000)),
+    cases.Case("packed", dim=40, lengths=(700, 1, 0, 129, 16), initial_state=True),
+)
+
+
+KINDS = (("float32", "length"), ("bfloat16", "length"), ("bfloat16", "dim"), ("float16", "dim"))
+BASE = cases.Case("base", batch=2, dim=40, length=333, initial_state=True)
+UNUSUAL = [
+    *({"state": n, "layout": layout} for n in (3, 5, 64) for layout in ("length", "dim")),
+    *({"special": s} for s in ("zero_A", "growing", "underflow", "extreme_delta", "nan_u", "inf_delta", "nan_B")),
+    {"length": 5000, "dtype": "bfloat16"},
+    {"offset": 1, "dtype": "bfloat16"},
+    {"groups": 4, "dtype": "bfloat16", "layout": "dim"},
+    {"constant_B": True, "constant_C": True},
+    dict.fromkeys(("D", "z", "bias", "softplus"), False),
+]
+
+
+def relay(case: cases.Case, config: Config, training: bool) -> None:
+    if case.state > 4 * config.lanes:
+        config = dataclasses.replace(config, lanes=case.state // 4, warps=2 * config.groups, blocks=1)
+    tensors = case.make("cuda", seed=1)
+    if training:
+        accept(case, tensors, cases.candidate(tensors, "cuda", {"forward": config}))
+    else:
+        accept(case, tensors, cases.outcome(tensors, case.used("prefill", "cuda"), "cuda", config))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", RELAYS)
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize("case", ODD, ids=lambda c: c.name)
+def test_relay_of_any_length(case, kind, name, training):
+    relay(dataclasses.replace(case, dtype=kind[0], layout=kind[1]), RELAYS[name], training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["two turns", "groups"])
+@pytest.mark.parametrize("fields", UNUSUAL, ids=lambda f: "-".join(map(str, f.values())))
+def test_relay_of_an_unusual_problem(fields, name, training):
+    relay(dataclasses.replace(BASE, **fields), RELAYS[name], training)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_deterministic_gradients_repeat_bitwise(backend):
     case = cases.Case("repeat", batch=3, dim=300, length=500, dtype="bfloat16")

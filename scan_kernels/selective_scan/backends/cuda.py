@@ -23,6 +23,7 @@ FOLDER = Path(__file__).parent
 FORWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"
 BACKWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_backward.cu"
 SCAN, LEAVE, ADJOINT = 0, 1, 2  # MODE of cuda_forward.cu
+MOST_TURNS = 15  # warps of a block that can take turns: each waits at a hardware barrier of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Config:
     tile: int  # time steps of a tile; 4 to 64, a power of two
     blocks: int = 1  # blocks that must fit on a multiprocessor: bounds the registers
     splits: int = 1  # parts of a row's time that run in parallel
-    groups: int = 1  # backward: groups of channels that a warp walks in turn
+    groups: int = 1  # backward: groups of channels that a warp walks in turn; relay: those of a block
     chain: int = 0  # backward: 1: parts hand the adjoint on through flags, 0: an extra pass finds it
+    relay: int = 0  # forward: a group's warps take turns in time, 1: after a tile's steps, 2: before; 0: no turns
     checkpoint: int = 0  # forward: steps between kept states, a multiple of 16; 0: the op's default
     keep_y: bool = False  # forward: keep what z gates, too, which the backward else computes anew
     polynomial: int = 0  # forward, 16-bit data: of 32 exponentials, how many are polynomials instead
@@ -52,6 +54,8 @@ class Config:
             raise ValueError(f"config: expected warps 1..32 and positive blocks, splits, groups, got {self}")
         if self.checkpoint % 16:
             raise ValueError(f"config: checkpoint: expected a multiple of 16, got {self.checkpoint}")
+        if self.relay not in (0, 1, 2) or (self.relay and (self.splits > 1 or self.warps % self.groups)):
+            raise ValueError(f"config: relay: expected 0..2, splits 1 and as many warps for each group, got {self}")
         if not 0 <= self.polynomial <= 32:
             raise ValueError(f"config: expected polynomial 0..32, got {self}")
 
@@ -72,7 +76,7 @@ class Config:
     @property
     def channels(self) -> int:
         """Channels of a block."""
-        return self.warps * self.per_warp * self.groups
+        return (1 if self.relay else self.warps) * self.per_warp * self.groups
 
 
 def supports(problem: Problem) -> str | None:
@@ -124,6 +128,9 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     if problem.direction == "forward" or mode != SCAN:
         tiles = (mode != ADJOINT and not problem.constant_B) + (mode != LEAVE and not problem.constant_C)
         warp = 2 * tile + (3 + problem.has_z) * raw
+        if config.relay:
+            warp += tiles * projection + 32 * per + 2 * 32 * 6
+            return 4 * (config.warps * warp + config.groups * 32 * per)
         return 4 * (2 * tiles * projection + config.warps * warp)
     item, threads = ITEMSIZE[problem.dtype], config.threads
     projection = per * config.lanes * (4 if config.tile == 4 else config.tile + 4)
@@ -152,7 +159,10 @@ def _valid(problem: Problem, device: Any, config: Config) -> bool:
         pairs = problem.layout == "dim" and ITEMSIZE[problem.dtype] == 2 and config.own >= 2 and config.per_warp >= 2
         if config.tile % 16 or config.chain or per > 16 or config.own // (1 + pairs) > config.tile:
             return False
-        if _ceil(per * config.lanes, 4) * config.tile > 4 * config.threads:
+        if config.relay:
+            if config.tile != 16 or per > 4 or config.warps > MOST_TURNS or config.warps < 2 * config.groups:
+                return False
+        elif _ceil(per * config.lanes, 4) * config.tile > 4 * config.threads:
             return False  # a thread would hold too many of B and C
     elif config.lanes < 4 or per * config.tile > 32 or config.tile > 16 or (config.chain and problem.sequences):
         return False
@@ -175,6 +185,27 @@ def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, split
     return Config(lanes, warps, tile, blocks=max(1, warps_held // warps), splits=splits)
 
 
+def _relays(problem: Problem, device: Any) -> list[Config]:
+    """Configurations whose warps take turns in time, for problems of too few channels to give each warp its own."""
+    least = max(4, _power_of_two(_ceil(problem.state, 4)))
+    found = []
+    for lanes in (least, 2 * least):
+        groups = problem.rows * problem.groups * _ceil(problem.dim // problem.groups, 32 // lanes) if lanes <= 32 else 0
+        held = _ceil(groups, device.units)  # groups of channels on a multiprocessor
+        if not 1 <= held <= MOST_TURNS // 2:
+            continue
+        # a multiprocessor has 64 hardware barriers or, of other generations, 24; a block takes 16 of them
+        blocks = 2 if held % 2 == 0 and device.arch in ("sm_80", "sm_90", "sm_100") else 1
+        for relay in (1, 2) if held > 1 else (2, 1):
+            # as many as registers allow without spilling
+            warps = 8 if problem.state > 16 else 16 if relay == 1 else 12
+            turns = min(warps // held, MOST_TURNS * blocks // held)
+            if turns > 1 and (relay == 1 or held <= 2):
+                config = Config(lanes, held // blocks * turns, 16, blocks, groups=held // blocks, relay=relay)
+                found.append((_busy(groups, device.units), config))
+    return [config for _, config in sorted(found, key=lambda f: -round(f[0], 1))]
+
+
 def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     make = functools.partial(_forward, problem)
     channels = problem.rows * problem.dim
@@ -188,6 +219,7 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     lanes = least
     while lanes < min(most, 4 * least) and channels * lanes < wanted:
         lanes *= 2
+    relays = _relays(problem, device) if most >= 4 and lanes > least and longest > 1 else []
     splits = 1
     if channels * lanes < 0.8 * wanted and longest > 1:
         # too few channels even so: cut time, at the cost of a second, state-only pass
@@ -210,7 +242,7 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
         for cut in dict.fromkeys((splits, min(longest, 2 * splits), _ceil(splits, 2), 1)):
             found += [make(other, warps, tile, cut) for warps in sizes]
     few = (4, 2, 1) if problem.state <= 128 else sizes
-    return found + [make(x, warps, 16) for x in dict.fromkeys((lanes, most, least)) for warps in few]
+    return relays + found + [make(x, warps, 16) for x in dict.fromkeys((lanes, most, least)) for warps in few]
 
 
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
@@ -313,6 +345,7 @@ def _tunables(config: Config) -> dict[str, int]:
         "TILE": config.tile,
         "MIN_BLOCKS": config.blocks,
         "POLYNOMIAL": config.polynomial,
+        "RELAY": config.relay,
     }
 
 

@@ -6,6 +6,8 @@
 //   LANES  lanes that share a channel (S)      WARPS   warps of a block
 //   TILE   steps of a tile (T)                 GROUPS  groups of channels that a warp walks in turn, backward only
 //   CHECKPOINT  the state that enters every CHECKPOINT-th step of a row is kept; 0: none
+//   RELAY  forward only: 1, 2: WARPS / GROUPS warps share the channels of each of GROUPS groups and take turns in time;
+//     0: every warp has its own
 //   POLYNOMIAL  of 32 exponentials, how many the FMA pipe computes (16-bit data only)
 //   DIM_LAYOUT 1: u, delta, z, out are dim-contiguous, 0: length-contiguous
 //   ALIGNED 1: every vector of u, delta, z, out may be moved as one access, and rows end with whole ones along time
@@ -28,7 +30,7 @@ constexpr int PER = (STATE + LANES - 1) / LANES;  // states of a lane
 constexpr int STATES = PER * LANES;               // N, padded
 constexpr int THREADS = WARPS * 32;
 constexpr int PER_WARP = 32 / LANES;                      // channels a warp holds at a time
-constexpr int CHANNELS = WARPS * PER_WARP * GROUPS;       // channels of a block
+constexpr int CHANNELS = (RELAY ? 1 : WARPS) * PER_WARP * GROUPS;  // channels of a block
 constexpr int ITEM = DTYPE == 0 ? 4 : 2;                  // bytes of an element
 // elements of a warp's tile that a lane loads and stores: OWN_C channels x OWN_T steps
 constexpr int OWN = PER_WARP * TILE < 32 ? 1 : PER_WARP * TILE / 32;

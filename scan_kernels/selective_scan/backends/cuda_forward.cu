@@ -12,9 +12,17 @@
 //   shared y --> + D u, * silu(z) --> device memory, by the lane that loaded u and z
 // The next tile's copies are in flight during the main loop. One block barrier a tile, for B and C.
 //
+// Relay (RELAY), for rows too few to give every warp channels of its own: WARPS / GROUPS warps share PER_WARP channels
+// and take turns in time, a tile of 16 steps each. All of a tile but the recurrence needs no state and runs in parallel:
+// copies, softplus, B and C (each warp its own), the decays, which wait in registers. The state passes from warp to warp
+// through shared memory: after the 16 steps (1) or before them (2), as (product of decays) h + (what the steps make of
+// zero), for 64 FFMA, 64 FMUL and 4 MUFU more a lane. So no row is cut and no state-only pass is needed.
+//
 // Costs per (state, step) of a lane: 2 FMUL, 1 MUFU, 2 FFMA and half a shared load of 16 bytes (B, C); float32 data
 // take 8 more for their decays, an exponential on the FMA pipe (POLYNOMIAL of 32) 7 more and no MUFU. Per step and
 // lane: half a shared load of 16 bytes (dt, x), and for the sum over the states (LANES-1)/LANES (1 SHFL, 1 FADD, 2 SEL).
+// A relay's tile of LANES 4, PER 4, bf16: about 750 instructions a warp, 80 of them MUFU; from a turn's start to its end
+// 160 (1) or 30 (2).
 
 constexpr int G = LANES < 4 ? 4 : LANES > 16 ? 16 : LANES;  // steps whose y are reduced together
 constexpr int UNROLL = PER * G <= 32 ? 4 : 1;
@@ -24,36 +32,59 @@ constexpr bool KEEP = MODE == 0 && CHECKPOINT > 0;  // the state that enters eve
 constexpr int KEEP_EVERY = KEEP ? CHECKPOINT : 1;
 constexpr int BC_TILES = (USE_B && !CONST_B) + (USE_C && !CONST_C);
 constexpr int TENSORS = 3 + (HAS_Z ? 1 : 0);  // slots: u twice, delta, z
-constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS;
+// In a relay, with few elements a tile, each lane finds but once where those of these tensors lie, and notes it.
+enum { AT_u, AT_delta, AT_z, AT_out, AT_B, AT_C, PLACES };
+constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS + (RELAY ? 2 * 32 * PLACES + 32 * PER : 0);
+constexpr int TURNS = RELAY ? WARPS / GROUPS : 1;  // warps that share channels and take turns
+static_assert(!RELAY || (MODE == 0 && TILE == 16 && PER <= 4 && TURNS >= 2 && WARPS % GROUPS == 0 && WARPS <= 15), "invalid configuration");
 
-// Tiles of B, C: [step][state] in float32, for all warps of a block.
+// Tiles of B, C: [step][state] in float32, for all warps of a block; in a relay, for one warp.
 constexpr int STATE_QUADS = (STATES + 3) / 4;
 constexpr int PITCH = 4 * STATE_QUADS + 4;  // floats between steps: eight of them, written at once, meet no bank twice
 constexpr int BC_FLOATS = TILE * PITCH;
+constexpr int BC_COPIES = RELAY ? WARPS : 2;
+constexpr int MOVERS = RELAY ? 32 : THREADS;  // threads that move them
+// a relay loads them a turn ahead, if few registers hold them
+constexpr bool LOAD_AHEAD = RELAY && BC_TILES * STATE_QUADS * TILE <= 4 * MOVERS;
 
-// What a thread moves of B or C, tile by tile: items of four states of a step.
+// What a thread moves of B or C, tile by tile: items of four states of a step; in a relay, where a thread moves many,
+// of four steps of a state if those lie side by side.
 template <int AXIS, int VECTOR_OK>
 struct Projection {
   static constexpr int ITEMS = STATE_QUADS * TILE;
-  static constexpr int COUNT = (ITEMS + THREADS - 1) / THREADS;
-  static constexpr bool VECTOR = AXIS == 1 && VECTOR_OK;
+  static constexpr int COUNT = (ITEMS + MOVERS - 1) / MOVERS;
+  static constexpr bool STEPS = RELAY && AXIS == 0 && VECTOR_OK;
+  static constexpr bool VECTOR = STEPS || (AXIS == 1 && VECTOR_OK);
   u32 raw[COUNT][VECTOR ? ITEM : 4];
 
   static DEVICE void place(int k, int& n, int& t) {
-    const int i = (int)threadIdx.x + k * THREADS;
-    if (AXIS == 0) t = i % TILE, n = i / TILE * 4;
+    at((RELAY ? (int)threadIdx.x & 31 : (int)threadIdx.x) + k * MOVERS, n, t);
+  }
+  static DEVICE void at(int i, int& n, int& t) {
+    if (STEPS) n = i % (4 * STATE_QUADS), t = i / (4 * STATE_QUADS) * 4;
+    else if (AXIS == 0) t = i % TILE, n = i / TILE * 4;
     else n = i % STATE_QUADS * 4, t = i / STATE_QUADS;
   }
-  // row: B or C at the row's first step; t0: the tile's first; count: steps of the tile that exist
+  static constexpr bool REGULAR = MOVERS % (STEPS ? 4 * STATE_QUADS : AXIS == 0 ? TILE : STATE_QUADS) == 0;
+  // row: B or C at the row's first step, in a relay at this thread's first item there; t0: the tile's first step; count:
+  // steps of the tile that exist
   DEVICE void load(const scalar* row, i64 state_stride, i64 step_stride, int t0, int count) {
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
       int n, t;
       place(k, n, t);
+      int from_n = n, from_t = t;  // where row points
+      if (RELAY && REGULAR) {
+        at(k * MOVERS, from_n, from_t);  // constants
+      } else if (RELAY) {
+        int n0, first;
+        place(0, n0, first);
+        from_n -= n0, from_t -= first;
+      }
       const bool mine = n < STATE && t < count;
-      const scalar* q = row + n * state_stride + (t0 + t) * step_stride;
+      const scalar* q = row + from_n * state_stride + (t0 + from_t) * (STEPS ? 1 : step_stride);
       if constexpr (VECTOR) {
-        if (mine && n + 4 <= STATE) {
+        if (STEPS ? n < STATE && t + 4 <= count : mine && n + 4 <= STATE) {
           if constexpr (ITEM == 4) {
             const uint4 v = __ldg((const uint4*)q);
             raw[k][0] = v.x, raw[k][1] = v.y, raw[k][2] = v.z, raw[k][3] = v.w;
@@ -66,7 +97,7 @@ struct Projection {
           for (int i = 0; i < ITEM; i++) raw[k][i] = 0u;
 #pragma unroll
           for (int j = 0; j < 4; j++)
-            if (mine && n + j < STATE) raw[k][j * ITEM / 4] |= bits(__ldg(q + j)) << (ITEM == 2 ? 16 * (j & 1) : 0);
+            if (STEPS ? n < STATE && t + j < count : mine && n + j < STATE) raw[k][j * ITEM / 4] |= bits(__ldg(q + j)) << (ITEM == 2 ? 16 * (j & 1) : 0);
         }
       } else {
 #pragma unroll
@@ -82,7 +113,7 @@ struct Projection {
     for (int k = 0; k < COUNT; k++) {
       int n, t;
       place(k, n, t);
-      if (ITEMS % THREADS != 0 && (AXIS == 0 ? n >= STATES : t >= TILE)) continue;
+      if (ITEMS % MOVERS != 0 && (AXIS == 0 && !STEPS ? n >= STATES : t >= TILE)) continue;
       float v[4];
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -90,7 +121,12 @@ struct Projection {
         else v[j] = low(raw[k][j]);
         v[j] *= scale;
       }
-      *(float4*)(tile + t * PITCH + n) = make_float4(v[0], v[1], v[2], v[3]);
+      if constexpr (STEPS) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) tile[(t + j) * PITCH + n] = v[j];
+      } else {
+        *(float4*)(tile + t * PITCH + n) = make_float4(v[0], v[1], v[2], v[3]);
+      }
     }
   }
 };
@@ -112,6 +148,17 @@ DEVICE void states_of(float (&v)[PER], const float* tile, int step, int slice) {
   } else {
 #pragma unroll
     for (int k = 0; k < PER; k++) v[k] = at[k];
+  }
+}
+
+// The same where they may be constant in time.
+template <int CONSTANT>
+DEVICE void projected(float (&v)[PER], const float* tile, int step, int slice, const float (&constant)[PER]) {
+  if constexpr (CONSTANT) {
+#pragma unroll
+    for (int k = 0; k < PER; k++) v[k] = constant[k];
+  } else {
+    states_of(v, tile, step, slice);
   }
 }
 
@@ -140,6 +187,21 @@ DEVICE void reduce_steps(float (&v)[G], int lane) {
 template <int G>
 DEVICE int first_step(int s) { return LANES >= G ? s / (LANES / (LANES >= G ? G : 1)) : s * (G / LANES); }
 
+// Sums over the states of G steps from g0 on: each lane's own take the place of dt.
+DEVICE void deliver(float (&y)[G], float* dt_tile, int channel, int s, int lane, int g0) {
+  reduce_steps(y, lane);
+  __syncwarp();
+  constexpr int MINE = LANES < G ? G / LANES : 1;
+  const int first = g0 + first_step<G>(s);
+  if constexpr (MINE == 2) {
+    *(float2*)(dt_tile + tile_at(channel, first)) = make_float2(y[0], y[1]);
+  } else if constexpr (MINE == 4) {
+    *(float4*)(dt_tile + tile_at(channel, first)) = make_float4(y[0], y[1], y[2], y[3]);
+  } else {
+    dt_tile[tile_at(channel, first)] = y[0];
+  }
+}
+
 // exp(ΔA) of (step, state) `index` of a lane: POLYNOMIAL of 32, spread evenly, on the FMA pipe
 DEVICE float decay_at(int index, float dt, float A) {
 #if POLYNOMIAL > 0
@@ -148,15 +210,37 @@ DEVICE float decay_at(int index, float dt, float A) {
   return decay_of(dt, A);
 }
 
+// ---- relay: the warps of a group share channels and take turns in time ----------------------------------------------
+//
+// The state that enters a tile lies in shared memory, lane by lane. It belongs to the warp whose turn it is: each lane
+// reads its part and overwrites it with what leaves the tile, so a group needs one place. A turn passes through the
+// hardware barrier of the warp that gets it, 1 + warp: one warp arrives, the other waits, and memory is in order
+// between them. The barrier is used again only after the turn has gone round, and so after its waiter has passed.
+
+DEVICE void wait_for_turn(int warp) { asm volatile("bar.sync %0, 64;" ::"r"(1 + warp) : "memory"); }
+DEVICE void hand_turn_to(int warp) { asm volatile("bar.arrive %0, 64;" ::"r"(1 + warp) : "memory"); }
+DEVICE void put_states(float* at, const float (&v)[PER]) {
+  if constexpr (PER == 4) {
+    *(float4*)at = make_float4(v[0], v[1], v[2], v[3]);
+  } else if constexpr (PER == 2) {
+    *(float2*)at = make_float2(v[0], v[1]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < PER; k++) at[k] = v[k];
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Params p) {
   extern __shared__ __align__(16) float shared[];
   const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, s = lane / PER_WARP, channel = lane % PER_WARP;
-  float* const bc_tile = shared;  // [2][B then C]
-  float* const dt_tile = shared + 2 * BC_TILES * BC_FLOATS + warp * WARP_FLOATS;
+  float* const bc_tile = shared + (RELAY ? warp * BC_TILES * BC_FLOATS : 0);  // [2, or warp][B then C]
+  float* const dt_tile = shared + BC_COPIES * BC_TILES * BC_FLOATS + warp * WARP_FLOATS;
   float* const x_tile = dt_tile + TILE_FLOATS;
   u32* const raw_u = (u32*)(x_tile + TILE_FLOATS);  // [2]
   u32* const raw_delta = raw_u + 2 * RAW_WORDS;
   u32* const raw_z = raw_delta + RAW_WORDS;
+  const int group = RELAY ? warp / TURNS : warp, turn = RELAY ? warp % TURNS : 0;
+  float* const relayed = shared + BC_COPIES * BC_TILES * BC_FLOATS + WARPS * WARP_FLOATS;
 
   __shared__ Task task;
   if (threadIdx.x == 0) {
@@ -170,8 +254,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   const i64& slot = task.slot;
   const int begin = w.begin, end = w.end, batch = PACKED ? 0 : w.row;
   const i64 row_first = w.first;
-  const int count = task.ch.count - warp * PER_WARP;  // this warp's channels that exist, and the first
-  const int first = count > 0 ? task.ch.first + warp * PER_WARP : 0;
+  const int count = task.ch.count - group * PER_WARP;  // this warp's channels that exist, and the first
+  const int first = count > 0 ? task.ch.first + group * PER_WARP : 0;
   const bool exists = channel < count;
   const int d = exists ? first + channel : 0;
 
@@ -195,13 +279,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   // this lane's elements
   const Own o = own();
   auto own_channel = [&]() { return first + (o.channel < count ? o.channel : 0); };
-  auto place = [&](const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride, int t0) {
+  i64* const places = (i64*)(dt_tile + WARP_FLOATS) - 32 * PLACES + lane;
+  float* const rates = dt_tile + WARP_FLOATS - 64 * PLACES - 32 * PER + lane * PER;  // A, where registers are short
+  auto noted = [&](int which) { return (scalar*)places[32 * which]; };
+  auto place = [&](int which, const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride, int t0) {
+    if (RELAY) return noted(which) + t0 * (DIM_LAYOUT ? step_stride : 1);
     return (scalar*)base + (batch + here()) * batch_stride + (own_channel() + here()) * dim_stride + (row_first + o.step + t0) * step_stride;
   };
   auto row_of = [&](const void* M, i64 batch_stride, i64 group_stride, i64 step_stride) {  // of B or C
     return (const scalar*)M + (batch + here()) * batch_stride + task.ch.group * group_stride + row_first * step_stride;
   };
-#define PLACE(T, t0) place(p.T, p.T##_batch, p.T##_dim, p.T##_step, t0)
+#define PLACE(T, t0) place(AT_##T, p.T, p.T##_batch, p.T##_dim, p.T##_step, t0)
+#define ROW(M) row_of(p.M, p.M##_batch, p.M##_group, p.M##_step)
+  if constexpr (RELAY != 0) {
+    auto note = [&](int which, const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride) {
+      places[32 * which] = (i64)((const scalar*)base + batch * batch_stride + own_channel() * dim_stride + (row_first + o.step) * step_stride);
+    };
+    auto note_item = [&](int which, const scalar* row, auto projection, i64 state_stride, i64 step_stride) {
+      int n, t;
+      projection.place(0, n, t);
+      places[32 * which] = (i64)(row + n * state_stride + t * step_stride);
+    };
+    note(AT_u, p.u, p.u_batch, p.u_dim, p.u_step), note(AT_delta, p.delta, p.delta_batch, p.delta_dim, p.delta_step);
+    if (HAS_Z) note(AT_z, p.z, p.z_batch, p.z_dim, p.z_step);
+    note(AT_out, p.out, p.out_batch, p.out_dim, p.out_step);
+    if (!CONST_B) note_item(AT_B, ROW(B), Projection<B_AXIS, B_ALIGNED>(), p.B_state, p.B_step);
+    if (!CONST_C) note_item(AT_C, ROW(C), Projection<C_AXIS, C_ALIGNED>(), p.C_state, p.C_step);
+  }
   auto per_channel = [&](const float* values, int c) {
     return o.channel + c < count ? __ldg(values + own_channel() + c) : 0.f;
   };
@@ -216,20 +320,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 
   const int tiles = (end - begin + TILE - 1) / TILE;
   auto tile_start = [&](int i) { return begin + (MODE == 2 ? tiles - 1 - i : i) * TILE; };
-  int buffer = 0;
-  if (tiles > 0) fetch_tile(0, tile_start(0));
+  int buffer = 0, i = turn;
+  Projection<B_AXIS, B_ALIGNED> next_B;
+  Projection<C_AXIS, C_ALIGNED> next_C;
+  auto load_projections = [&](int t0) {
+    if constexpr (USE_B && !CONST_B) next_B.load(RELAY ? noted(AT_B) : ROW(B), p.B_state, p.B_step, t0, end - t0);
+    if constexpr (USE_C && !CONST_C) next_C.load(RELAY ? noted(AT_C) : ROW(C), p.C_state, p.C_step, t0, end - t0);
+  };
+  auto keep_states = [&](int t, const float (&v)[PER]) {  // which enter step t
+    if (KEEP && (t - begin) % KEEP_EVERY == 0 && t < end && (RELAY ? channel < task.ch.count - group * PER_WARP : exists)) {
+      const int at = RELAY ? task.ch.first + group * PER_WARP + channel : d;
+      float* const kept = p.states + ((w.states + t / KEEP_EVERY) * p.dim + at) * STATE + s * PER;
+      if constexpr (PER % 4 == 0 && STATE % 4 == 0) {
+#pragma unroll
+        for (int k = 0; k < PER; k += 4)
+          if (s * PER + k < STATE) *(float4*)(kept + k) = make_float4(v[k], v[k + 1], v[k + 2], v[k + 3]);
+      } else {
+#pragma unroll
+        for (int k = 0; k < PER; k++)
+          if (s * PER + k < STATE) kept[k] = v[k];
+      }
+    }
+  };
+  if (RELAY) put_states(rates, A);
+  if (RELAY && turn == 0) put_states(relayed + (group * 32 + lane) * PER, h);
+  if (i < tiles) fetch_tile(0, tile_start(i));
   copies_commit();
+  if (LOAD_AHEAD && i < tiles) load_projections(tile_start(i));
 #pragma unroll 1
-  for (int i = 0; i < tiles; i++, buffer ^= 1) {
+  for (; i < tiles; i += TURNS, buffer ^= 1) {
     const int t0 = tile_start(i);
-    float* const b_tile = bc_tile + buffer * BC_TILES * BC_FLOATS;
+    float* const b_tile = bc_tile + (RELAY ? 0 : buffer) * BC_TILES * BC_FLOATS;
     float* const c_tile = b_tile + (USE_B && !CONST_B ? BC_FLOATS : 0);
 
     // ---- stage: Δ and Δu (or dy) of this lane's elements; what does not exist was loaded as zero
-    Projection<B_AXIS, B_ALIGNED> next_B;
-    Projection<C_AXIS, C_ALIGNED> next_C;
-    if constexpr (USE_B && !CONST_B) next_B.load(row_of(p.B, p.B_batch, p.B_group, p.B_step), p.B_state, p.B_step, t0, end - t0);
-    if constexpr (USE_C && !CONST_C) next_C.load(row_of(p.C, p.C_batch, p.C_group, p.C_step), p.C_state, p.C_step, t0, end - t0);
+    if (!LOAD_AHEAD) load_projections(t0);
     copies_wait<0>();
     const Extent n = extent_of(o, count, end - t0);
     {
@@ -239,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         if (HAS_Z && MODE == 2) read(rz, raw_z);
 #pragma unroll
         for (int c = 0; c < OWN_C; c++) {
-          const float bias = HAS_BIAS ? per_channel(p.delta_bias, c) : 0.f;
+          const float bias = HAS_BIAS ? per_channel(p.delta_bias + (RELAY ? here() : 0), c) : 0.f;
           float step[OWN_T], x[OWN_T];
 #pragma unroll
           for (int t = 0; t < OWN_T; t++) {
@@ -266,27 +391,98 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       if constexpr (USE_C && !CONST_C) next_C.store(c_tile, 1.f);
       if (HAS_Z && MODE == 0) fetch(raw_z, PLACE(z, t0), p.z_step, n);
       copies_commit();
-      if (i + 1 < tiles) fetch_tile(buffer ^ 1, tile_start(i + 1));
+      if (i + TURNS < tiles) fetch_tile(buffer ^ 1, tile_start(i + TURNS));
       copies_commit();
     }
-    if (BC_TILES > 0) __syncthreads(); else __syncwarp();
+    if (BC_TILES > 0 && !RELAY) __syncthreads(); else __syncwarp();
 
     // ---- main loop
-#pragma unroll 1
-    for (int j = 0; j < TILE; j += 16) {
-      const int start = MODE == 2 ? TILE - 16 - j : j;
-      if (KEEP && (t0 + start - begin) % KEEP_EVERY == 0 && t0 + start < end && exists) {
-        float* const kept = p.states + ((w.states + (t0 + start) / KEEP_EVERY) * p.dim + d) * STATE + s * PER;
-        if constexpr (PER % 4 == 0 && STATE % 4 == 0) {
+    if constexpr (RELAY != 0) {
+      float a[16][PER], x[4], b[PER];
+      states_of(A, rates, 0, 0);
+      // what needs no state: decays; what a state of zero becomes, and what is left of any other
+      float alone[PER], left[PER], total = 0.f;
 #pragma unroll
-          for (int k = 0; k < PER; k += 4)
-            if (s * PER + k < STATE) *(float4*)(kept + k) = make_float4(h[k], h[k + 1], h[k + 2], h[k + 3]);
-        } else {
+      for (int k = 0; k < PER; k++) alone[k] = 0.f;
 #pragma unroll
-          for (int k = 0; k < PER; k++)
-            if (s * PER + k < STATE) kept[k] = h[k];
+      for (int t4 = 0; t4 < 16; t4 += 4) {
+        float dt[4];
+        four_steps(dt, dt_tile, channel, t4);
+        if (RELAY == 2) four_steps(x, x_tile, channel, t4), total += (dt[0] + dt[1]) + (dt[2] + dt[3]);
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+          if (RELAY == 2) projected<CONST_B>(b, b_tile, t4 + t, s, b_const);
+#pragma unroll
+          for (int k = 0; k < PER; k++) {
+            a[t4 + t][k] = decay_at(t * PER + k, dt[t], A[k]);
+            if (RELAY == 2) alone[k] = fmaf(a[t4 + t][k], alone[k], x[t] * b[k]);
+          }
         }
       }
+      if constexpr (RELAY == 2) {
+#pragma unroll
+        for (int k = 0; k < PER; k++) left[k] = decay_of(total, A[k]);
+      }
+      __syncwarp();
+
+      // this warp's turn; what it takes is in registers before it comes
+      const bool last = i + 1 >= tiles;
+      int at = (group * 32 + lane) * PER, next = turn + 1 < TURNS ? warp + 1 : warp + 1 - TURNS;
+      keep(at), keep(next);
+      if (i > 0) wait_for_turn(warp);
+      states_of(h, relayed + at, 0, 0);
+      float entering[PER];
+#pragma unroll
+      for (int k = 0; k < PER; k++) entering[k] = h[k];
+      bool handed = last;
+      if constexpr (RELAY == 2) {
+        if (!last) {
+          // early, unless an Inf or NaN is about: how far those reach, only the steps themselves tell
+          float leaving[PER], sum = 0.f;
+#pragma unroll
+          for (int k = 0; k < PER; k++) leaving[k] = fmaf(left[k], h[k], alone[k]), sum += leaving[k];
+          put_states(relayed + at, leaving);
+          handed = __all_sync(0xffffffffu, fabsf(sum) < __int_as_float(0x7f800000));
+          if (handed) hand_turn_to(next);
+        }
+        keep_states(t0, entering);
+      }
+#pragma unroll
+      for (int t4 = 0; t4 < 16; t4 += 4) {
+        four_steps(x, x_tile, channel, t4);
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+          projected<CONST_B>(b, b_tile, t4 + t, s, b_const);
+#pragma unroll
+          for (int k = 0; k < PER; k++) a[t4 + t][k] = h[k] = fmaf(a[t4 + t][k], h[k], x[t] * b[k]);
+        }
+      }
+      if (!handed) {
+        put_states(relayed + at, h);
+        hand_turn_to(next);
+      }
+
+      // what nobody waits for
+      if (LOAD_AHEAD && i + TURNS < tiles) load_projections(t0 + TURNS * TILE);
+      if (RELAY == 1) keep_states(t0, entering);
+#pragma unroll
+      for (int m = 0; m < 16; m += G) {
+        float y[G];
+#pragma unroll
+        for (int t = 0; t < G; t++) {
+          float c[PER];
+          projected<CONST_C>(c, c_tile, m + t, s, c_const);
+          y[t] = 0.f;
+#pragma unroll
+          for (int k = 0; k < PER; k++) y[t] = fmaf(c[k], a[m + t][k], y[t]);
+        }
+        deliver(y, dt_tile, channel, s, lane, m);
+      }
+    }
+#pragma unroll 1
+    for (int j = 0; j < TILE && !RELAY; j += 16) {
+      const int start = MODE == 2 ? TILE - 16 - j : j;
+      keep_states(t0 + start, h);
 #pragma unroll(UNROLL)
       for (int m = 0; m < 16; m += G) {
         const int g0 = start + (MODE == 2 ? 16 - G - m : m);
@@ -320,17 +516,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
           }
         }
         if constexpr (MODE == 0) {
-          reduce_steps(y, lane);
-          __syncwarp();
-          constexpr int MINE = LANES < G ? G / LANES : 1;
-          const int first = g0 + first_step<G>(s);
-          if constexpr (MINE == 2) {
-            *(float2*)(dt_tile + tile_at(channel, first)) = make_float2(y[0], y[1]);
-          } else if constexpr (MINE == 4) {
-            *(float4*)(dt_tile + tile_at(channel, first)) = make_float4(y[0], y[1], y[2], y[3]);
-          } else {
-            dt_tile[tile_at(channel, first)] = y[0];
-          }
+          deliver(y, dt_tile, channel, s, lane, g0);
         }
       }
     }
@@ -338,6 +524,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     // ---- finish: this lane's elements of out
     __syncwarp();
     if constexpr (MODE == 0) {
+      const Extent n = extent_of(o, count, end - t0 - (RELAY ? here() : 0));
       if (HAS_Z) copies_wait<1>();
       if (o.any) {
         Raw ru, rz, r;
@@ -345,7 +532,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         float v[OWN_C][OWN_T];
 #pragma unroll
         for (int c = 0; c < OWN_C; c++) {
-          const float skip = HAS_D ? per_channel(p.D, c) : 0.f;
+          const float skip = HAS_D ? per_channel(p.D + (RELAY ? here() : 0), c) : 0.f;
           tile_read(v[c], dt_tile, o.channel + c, o.step);
 #pragma unroll
           for (int t = 0; t < OWN_T; t++)
@@ -366,17 +553,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
             }
         }
         put(r, v);
-        store(r, PLACE(out, t0), p.out_step, n);
+        scalar* const out = PLACE(out, t0);
+        __builtin_assume(__isGlobal(out));  // one that was noted no longer shows it
+        store(r, out, p.out_step, n);
       }
     }
   }
 
-  if (!exists) return;
+  if constexpr (RELAY != 0) {  // the warp of the row's last tile has its last state
+    if (channel >= task.ch.count - group * PER_WARP || turn != (tiles > 0 ? (tiles - 1) % TURNS : 0)) return;
+  } else if (!exists) {
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < PER; k++) {
     const int n = s * PER + k;
     if (n >= STATE) break;
-    const i64 at = (i64)d * STATE + n;
+    const i64 at = (i64)(RELAY ? task.ch.first + group * PER_WARP + channel : d) * STATE + n;
     if (MODE != 0) p.span_end[slot * p.dim * STATE + at] = h[k];
     else if (p.last_state && end == w.length) p.last_state[(i64)w.row * p.dim * STATE + at] = h[k];
   }
