@@ -181,29 +181,31 @@ def configs(problem: Problem, device: Any) -> list[Config]:
 def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, splits: int = 1) -> Config:
     """A forward configuration with as many blocks a multiprocessor as its registers allow without spilling."""
     per = _ceil(problem.state, lanes)
-    warps_held = 8 if per > 8 or lanes == 1 else 16 if per > 4 or problem.dtype == "float32" else 20
+    many = per > 4 and (problem.state > 64 or problem.dtype == "float32")
+    warps_held = 8 if per > 8 or lanes == 1 else 12 if many else 16 if per > 4 or problem.dtype == "float32" else 20
     return Config(lanes, warps, tile, blocks=max(1, warps_held // warps), splits=splits)
 
 
-def _relays(problem: Problem, device: Any) -> list[Config]:
-    """Configurations whose warps take turns in time, for problems of too few channels to give each warp its own."""
+def _relays(problem: Problem, device: Any) -> list[tuple[float, Config]]:
+    """Configurations whose warps take turns in time, for problems of too few channels to give each warp its own, best
+    first, each with the share of the GPU that it fills."""
     least = max(4, _power_of_two(_ceil(problem.state, 4)))
     found = []
-    for lanes in (least, 2 * least):
+    for lanes, worth in ((least, 1.0), (2 * least, 0.7)):  # more lanes: more to sum
         groups = problem.rows * problem.groups * _ceil(problem.dim // problem.groups, 32 // lanes) if lanes <= 32 else 0
         held = _ceil(groups, device.units)  # groups of channels on a multiprocessor
         if not 1 <= held <= MOST_TURNS // 2:
             continue
         # a multiprocessor has 64 hardware barriers or, of other generations, 24; a block takes 16 of them
         blocks = 2 if held % 2 == 0 and device.arch in ("sm_80", "sm_90", "sm_100") else 1
-        for relay in (1, 2) if held > 1 else (2, 1):
-            # as many as registers allow without spilling
-            warps = 8 if problem.state > 16 else 16 if relay == 1 else 12
+        for relay in (1, 2):
+            # as many warps as registers allow without spilling; one relay is faster with more of them a warp
+            warps = 8 if problem.state > 16 else 16 if relay == 1 and held > 1 else 12
             turns = min(warps // held, MOST_TURNS * blocks // held)
             if turns > 1 and (relay == 1 or held <= 2):
                 config = Config(lanes, held // blocks * turns, 16, blocks, groups=held // blocks, relay=relay)
-                found.append((_busy(groups, device.units), config))
-    return [config for _, config in sorted(found, key=lambda f: -round(f[0], 1))]
+                found.append((worth * _busy(groups, device.units), config))
+    return sorted(found, key=lambda f: -f[0])
 
 
 def _forward_configs(problem: Problem, device: Any) -> list[Config]:
@@ -220,6 +222,7 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     while lanes < min(most, 4 * least) and channels * lanes < wanted:
         lanes *= 2
     relays = _relays(problem, device) if most >= 4 and lanes > least and longest > 1 else []
+    relay_first = [config for share, config in relays if share >= 0.7]
     splits = 1
     if channels * lanes < 0.8 * wanted and longest > 1:
         # too few channels even so: cut time, at the cost of a second, state-only pass
@@ -235,14 +238,16 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     if slim and 5 * (shared_bytes(problem, fifth) + 1024) <= device.shared_memory + 1024:
         # a fifth block fits, in fewer registers: of use where it makes the waves fuller
         count = problem.rows * _block_count(problem, first) * splits
-        found = [fifth, first] if _busy(count, 5 * device.units) > _busy(count, 4 * device.units) else [first, fifth]
+        better = _busy(count, 5 * device.units) > 0.78 * _busy(count, 4 * device.units)
+        found = [fifth, first] if better else [first, fifth]
     for other in dict.fromkeys((lanes, lanes * 2, max(1, lanes // 2), least, most)):
         if not least <= other <= most:
             continue
         for cut in dict.fromkeys((splits, min(longest, 2 * splits), _ceil(splits, 2), 1)):
             found += [make(other, warps, tile, cut) for warps in sizes]
     few = (4, 2, 1) if problem.state <= 128 else sizes
-    return relays + found + [make(x, warps, 16) for x in dict.fromkeys((lanes, most, least)) for warps in few]
+    found += [make(x, warps, 16) for x in dict.fromkeys((lanes, most, least)) for warps in few]
+    return [*relay_first, *found, *(config for _, config in relays)]
 
 
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
@@ -287,14 +292,14 @@ def _backward_splits(problem: Problem, blocks: int, resident: int) -> list[tuple
 # ---- launching ------------------------------------------------------------------------------------------------------
 
 SIZES = (
-    "length", "rows", "dim", "groups", "blocks", "splits", "span", "wide_offsets", "bc_partial",
+    "length", "rows", "dim", "groups", "blocks", "splits", "span", "wide_offsets", "bc_partial", "spread_rows",
     *(f"{t}_{axis}" for t in ("u", "delta", "z", "out", "dout", "grad") for axis in ("batch", "dim", "step")),
     *(f"{t}_{axis}" for t in ("B", "C") for axis in ("batch", "group", "state", "step")),
 )  # fmt: skip
 SCALARS = ("u", "delta", "z", "out", "y", "dout", "du", "ddelta", "dz", "B", "C", "cu_seqlens", "tickets")
 FLOATS = (
     "A", "D", "delta_bias", "initial_state", "last_state", "states", "span_end", "span_time",
-    "dA", "dB", "dC", "dD", "ddelta_bias", "dinitial_state",
+    "dA", "dB", "dC", "dD", "ddelta_bias", "dinitial_state", "spread_B", "spread_C",
 )  # fmt: skip
 FIELDS = dict.fromkeys(SCALARS, "void*") | dict.fromkeys(FLOATS, "float*") | dict.fromkeys(SIZES, "long long")
 SUMS = ("dA", "dD", "ddelta_bias", "dB", "dC")  # gradients that many blocks add to
@@ -495,6 +500,29 @@ def _prepare_entering(
     return enter
 
 
+def _prepare_spread(
+    problem: Problem, scan: Variant, sizes: dict[str, int]
+) -> Callable[[Tensor, dict[str, int]], Tensor] | None:
+    """Write B and C, where they vary, as a relay's warps copy them; the pointers to them join the others."""
+    varying = [name for name, fixed in (("B", problem.constant_B), ("C", problem.constant_C)) if not fixed]
+    if not varying:
+        return None
+    lanes = scan.config.lanes
+    quads = _ceil(_ceil(problem.state, lanes) * lanes, 4)
+    items = problem.batch * problem.groups * problem.length * quads
+    sizes = sizes | {"spread_rows": problem.batch * problem.groups}
+    write = scan.kernel("spread").prepare(_ceil(items, 256), 256, 0, sizes)
+
+    def spread(like: Tensor, pointers: dict[str, int]) -> Tensor:
+        rows = like.new_empty(len(varying) * 4 * items, dtype=torch.float32)
+        for k, name in enumerate(varying):
+            pointers[f"spread_{name}"] = rows.data_ptr() + 16 * items * k
+        write(pointers)
+        return rows
+
+    return spread
+
+
 def _span_pointers(problem: Problem, scratch: Tensor, slots: int) -> dict[str, int]:
     """Memory of slots*dim*(state + 1) floats for what enters each span, and how long each is."""
     start = scratch.data_ptr()
@@ -515,10 +543,13 @@ def prepare_forward(
     blocks = _block_count(problem, config)
     sizes |= {"splits": splits, "span": span, "blocks": blocks}
     enter = _prepare_entering(problem, first[0], sizes, slots) if first else None
+    spread = _prepare_spread(problem, scan, sizes) if config.relay else None
     launch = scan.kernel().prepare(blocks * slots, config.threads, scan.shared_bytes, sizes)
 
     def run(inputs: Inputs, outputs: Outputs) -> None:
         pointers = _pointers(inputs, out=outputs.out, last_state=outputs.last_state, states=outputs.states, y=outputs.y)
+        if spread is not None:
+            rows = spread(inputs.u, pointers)  # noqa: F841 - held until the scan is launched
         if enter is not None:
             scratch = inputs.u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
             pointers |= _span_pointers(problem, scratch, slots)

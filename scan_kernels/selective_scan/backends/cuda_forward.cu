@@ -35,6 +35,8 @@ constexpr int TENSORS = 3 + (HAS_Z ? 1 : 0);  // slots: u twice, delta, z
 // In a relay, with few elements a tile, each lane finds but once where those of these tensors lie, and notes it.
 enum { AT_u, AT_delta, AT_z, AT_out, AT_B, AT_C, PLACES };
 constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS + (RELAY ? 2 * 32 * PLACES + 32 * PER : 0);
+// steps whose x B a relay has ready when a warp's turn comes, and keeps ready
+constexpr int AHEAD = PER > 4 ? 2 : THREADS * MIN_BLOCKS <= 256 ? 16 : THREADS * MIN_BLOCKS <= 384 ? 4 : 2;
 constexpr int TURNS = RELAY ? WARPS / GROUPS : 1;  // warps that share channels and take turns
 static_assert(!RELAY || (MODE == 0 && TILE == 16 && PER <= 4 && TURNS >= 2 && WARPS % GROUPS == 0 && WARPS <= 15), "invalid configuration");
 
@@ -43,48 +45,30 @@ constexpr int STATE_QUADS = (STATES + 3) / 4;
 constexpr int PITCH = 4 * STATE_QUADS + 4;  // floats between steps: eight of them, written at once, meet no bank twice
 constexpr int BC_FLOATS = TILE * PITCH;
 constexpr int BC_COPIES = RELAY ? WARPS : 2;
-constexpr int MOVERS = RELAY ? 32 : THREADS;  // threads that move them
-// a relay loads them a turn ahead, if few registers hold them
-constexpr bool LOAD_AHEAD = RELAY && BC_TILES * STATE_QUADS * TILE <= 4 * MOVERS;
 
-// What a thread moves of B or C, tile by tile: items of four states of a step; in a relay, where a thread moves many,
-// of four steps of a state if those lie side by side.
+// What a thread moves of B or C, tile by tile: items of four states of a step.
 template <int AXIS, int VECTOR_OK>
 struct Projection {
   static constexpr int ITEMS = STATE_QUADS * TILE;
-  static constexpr int COUNT = (ITEMS + MOVERS - 1) / MOVERS;
-  static constexpr bool STEPS = RELAY && AXIS == 0 && VECTOR_OK;
-  static constexpr bool VECTOR = STEPS || (AXIS == 1 && VECTOR_OK);
+  static constexpr int COUNT = (ITEMS + THREADS - 1) / THREADS;
+  static constexpr bool VECTOR = AXIS == 1 && VECTOR_OK;
   u32 raw[COUNT][VECTOR ? ITEM : 4];
 
   static DEVICE void place(int k, int& n, int& t) {
-    at((RELAY ? (int)threadIdx.x & 31 : (int)threadIdx.x) + k * MOVERS, n, t);
-  }
-  static DEVICE void at(int i, int& n, int& t) {
-    if (STEPS) n = i % (4 * STATE_QUADS), t = i / (4 * STATE_QUADS) * 4;
-    else if (AXIS == 0) t = i % TILE, n = i / TILE * 4;
+    const int i = (int)threadIdx.x + k * THREADS;
+    if (AXIS == 0) t = i % TILE, n = i / TILE * 4;
     else n = i % STATE_QUADS * 4, t = i / STATE_QUADS;
   }
-  static constexpr bool REGULAR = MOVERS % (STEPS ? 4 * STATE_QUADS : AXIS == 0 ? TILE : STATE_QUADS) == 0;
-  // row: B or C at the row's first step, in a relay at this thread's first item there; t0: the tile's first step; count:
-  // steps of the tile that exist
+  // row: B or C at the row's first step; t0: the tile's first; count: steps of the tile that exist
   DEVICE void load(const scalar* row, i64 state_stride, i64 step_stride, int t0, int count) {
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
       int n, t;
       place(k, n, t);
-      int from_n = n, from_t = t;  // where row points
-      if (RELAY && REGULAR) {
-        at(k * MOVERS, from_n, from_t);  // constants
-      } else if (RELAY) {
-        int n0, first;
-        place(0, n0, first);
-        from_n -= n0, from_t -= first;
-      }
       const bool mine = n < STATE && t < count;
-      const scalar* q = row + from_n * state_stride + (t0 + from_t) * (STEPS ? 1 : step_stride);
+      const scalar* q = row + n * state_stride + (t0 + t) * step_stride;
       if constexpr (VECTOR) {
-        if (STEPS ? n < STATE && t + 4 <= count : mine && n + 4 <= STATE) {
+        if (mine && n + 4 <= STATE) {
           if constexpr (ITEM == 4) {
             const uint4 v = __ldg((const uint4*)q);
             raw[k][0] = v.x, raw[k][1] = v.y, raw[k][2] = v.z, raw[k][3] = v.w;
@@ -97,7 +81,7 @@ struct Projection {
           for (int i = 0; i < ITEM; i++) raw[k][i] = 0u;
 #pragma unroll
           for (int j = 0; j < 4; j++)
-            if (STEPS ? n < STATE && t + j < count : mine && n + j < STATE) raw[k][j * ITEM / 4] |= bits(__ldg(q + j)) << (ITEM == 2 ? 16 * (j & 1) : 0);
+            if (mine && n + j < STATE) raw[k][j * ITEM / 4] |= bits(__ldg(q + j)) << (ITEM == 2 ? 16 * (j & 1) : 0);
         }
       } else {
 #pragma unroll
@@ -113,7 +97,7 @@ struct Projection {
     for (int k = 0; k < COUNT; k++) {
       int n, t;
       place(k, n, t);
-      if (ITEMS % MOVERS != 0 && (AXIS == 0 && !STEPS ? n >= STATES : t >= TILE)) continue;
+      if (ITEMS % THREADS != 0 && (AXIS == 0 ? n >= STATES : t >= TILE)) continue;
       float v[4];
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -121,12 +105,7 @@ struct Projection {
         else v[j] = low(raw[k][j]);
         v[j] *= scale;
       }
-      if constexpr (STEPS) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) tile[(t + j) * PITCH + n] = v[j];
-      } else {
-        *(float4*)(tile + t * PITCH + n) = make_float4(v[0], v[1], v[2], v[3]);
-      }
+      *(float4*)(tile + t * PITCH + n) = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
 };
@@ -295,16 +274,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     auto note = [&](int which, const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride) {
       places[32 * which] = (i64)((const scalar*)base + batch * batch_stride + own_channel() * dim_stride + (row_first + o.step) * step_stride);
     };
-    auto note_item = [&](int which, const scalar* row, auto projection, i64 state_stride, i64 step_stride) {
-      int n, t;
-      projection.place(0, n, t);
-      places[32 * which] = (i64)(row + n * state_stride + t * step_stride);
+    auto note_rows = [&](int which, const float* spread) {  // the lane's first piece of the row's first step
+      places[32 * which] = (i64)(spread + (((i64)batch * p.groups + task.ch.group) * p.length + row_first) * STATE_QUADS * 4 + lane * 4);
     };
     note(AT_u, p.u, p.u_batch, p.u_dim, p.u_step), note(AT_delta, p.delta, p.delta_batch, p.delta_dim, p.delta_step);
     if (HAS_Z) note(AT_z, p.z, p.z_batch, p.z_dim, p.z_step);
     note(AT_out, p.out, p.out_batch, p.out_dim, p.out_step);
-    if (!CONST_B) note_item(AT_B, ROW(B), Projection<B_AXIS, B_ALIGNED>(), p.B_state, p.B_step);
-    if (!CONST_C) note_item(AT_C, ROW(C), Projection<C_AXIS, C_ALIGNED>(), p.C_state, p.C_step);
+    if (!CONST_B) note_rows(AT_B, p.spread_B);
+    if (!CONST_C) note_rows(AT_C, p.spread_C);
   }
   auto per_channel = [&](const float* values, int c) {
     return o.channel + c < count ? __ldg(values + own_channel() + c) : 0.f;
@@ -324,8 +301,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   Projection<B_AXIS, B_ALIGNED> next_B;
   Projection<C_AXIS, C_ALIGNED> next_C;
   auto load_projections = [&](int t0) {
-    if constexpr (USE_B && !CONST_B) next_B.load(RELAY ? noted(AT_B) : ROW(B), p.B_state, p.B_step, t0, end - t0);
-    if constexpr (USE_C && !CONST_C) next_C.load(RELAY ? noted(AT_C) : ROW(C), p.C_state, p.C_step, t0, end - t0);
+    if constexpr (USE_B && !CONST_B) next_B.load(ROW(B), p.B_state, p.B_step, t0, end - t0);
+    if constexpr (USE_C && !CONST_C) next_C.load(ROW(C), p.C_state, p.C_step, t0, end - t0);
+  };
+  auto fetch_spread = [&](int t0) {  // of a relay
+    auto fetch_rows = [&](float* tile, int which) {
+      const float* const from = (const float*)noted(which) + (i64)t0 * (STATE_QUADS * 4);
+#pragma unroll
+      for (int k = 0; k < (TILE * STATE_QUADS + 31) / 32; k++) {
+        const int piece = lane + 32 * k, t = piece / STATE_QUADS;
+        if (TILE * STATE_QUADS % 32 != 0 && t >= TILE) continue;
+        copy_async<16>(tile + t * PITCH + piece % STATE_QUADS * 4, from + 128 * k, t < end - t0 ? 16 : 0);
+      }
+    };
+    if constexpr (!CONST_B) fetch_rows(bc_tile, AT_B);
+    if constexpr (!CONST_C) fetch_rows(bc_tile + (CONST_B ? 0 : BC_FLOATS), AT_C);
   };
   auto keep_states = [&](int t, const float (&v)[PER]) {  // which enter step t
     if (KEEP && (t - begin) % KEEP_EVERY == 0 && t < end && (RELAY ? channel < task.ch.count - group * PER_WARP : exists)) {
@@ -346,7 +336,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   if (RELAY && turn == 0) put_states(relayed + (group * 32 + lane) * PER, h);
   if (i < tiles) fetch_tile(0, tile_start(i));
   copies_commit();
-  if (LOAD_AHEAD && i < tiles) load_projections(tile_start(i));
+  if (RELAY) {
+    if (i < tiles) fetch_spread(tile_start(i));
+    copies_commit();
+  }
 #pragma unroll 1
   for (; i < tiles; i += TURNS, buffer ^= 1) {
     const int t0 = tile_start(i);
@@ -354,8 +347,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     float* const c_tile = b_tile + (USE_B && !CONST_B ? BC_FLOATS : 0);
 
     // ---- stage: Δ and Δu (or dy) of this lane's elements; what does not exist was loaded as zero
-    if (!LOAD_AHEAD) load_projections(t0);
-    copies_wait<0>();
+    if (!RELAY) load_projections(t0);
+    copies_wait<RELAY ? 1 : 0>();  // in a relay, B and C may still be on their way
     const Extent n = extent_of(o, count, end - t0);
     {
       if (o.any) {
@@ -387,13 +380,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
           tile_write(x_tile, o.channel + c, o.step, x);
         }
       }
-      if constexpr (USE_B && !CONST_B) next_B.store(b_tile, B_SCALE);
-      if constexpr (USE_C && !CONST_C) next_C.store(c_tile, 1.f);
+      if constexpr (USE_B && !CONST_B && !RELAY) next_B.store(b_tile, B_SCALE);
+      if constexpr (USE_C && !CONST_C && !RELAY) next_C.store(c_tile, 1.f);
       if (HAS_Z && MODE == 0) fetch(raw_z, PLACE(z, t0), p.z_step, n);
       copies_commit();
       if (i + TURNS < tiles) fetch_tile(buffer ^ 1, tile_start(i + TURNS));
       copies_commit();
     }
+    if (RELAY == 2) copies_wait<2>();
     if (BC_TILES > 0 && !RELAY) __syncthreads(); else __syncwarp();
 
     // ---- main loop
@@ -423,13 +417,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 #pragma unroll
         for (int k = 0; k < PER; k++) left[k] = decay_of(total, A[k]);
       }
+      if (RELAY == 1) copies_wait<2>();
       __syncwarp();
 
-      // this warp's turn; what it takes is in registers before it comes
+      // this warp's turn; what it takes is in registers before it comes, B and x two steps ahead
       const bool last = i + 1 >= tiles;
       int at = (group * 32 + lane) * PER, next = turn + 1 < TURNS ? warp + 1 : warp + 1 - TURNS;
       keep(at), keep(next);
-      if (i > 0) wait_for_turn(warp);
+      float ahead[AHEAD][PER];
+      auto look_ahead = [&](int t) {
+        if (t % 4 == 0) four_steps(x, x_tile, channel, t);
+        projected<CONST_B>(b, b_tile, t, s, b_const);
+#pragma unroll
+        for (int k = 0; k < PER; k++) ahead[t % AHEAD][k] = x[t % 4] * b[k];
+      };
+#pragma unroll
+      for (int t = 0; t < AHEAD; t++) look_ahead(t);
+      // in a loop, or the assembler would move the decays' exponentials behind the wait
+#pragma unroll 1
+      for (int waited = i > 0 ? 0 : 1; waited < 1 + here(); waited++) wait_for_turn(warp);
       states_of(h, relayed + at, 0, 0);
       float entering[PER];
 #pragma unroll
@@ -448,14 +454,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         keep_states(t0, entering);
       }
 #pragma unroll
-      for (int t4 = 0; t4 < 16; t4 += 4) {
-        four_steps(x, x_tile, channel, t4);
+      for (int t = 0; t < 16; t++) {
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-          projected<CONST_B>(b, b_tile, t4 + t, s, b_const);
-#pragma unroll
-          for (int k = 0; k < PER; k++) a[t4 + t][k] = h[k] = fmaf(a[t4 + t][k], h[k], x[t] * b[k]);
-        }
+        for (int k = 0; k < PER; k++) a[t][k] = h[k] = fmaf(a[t][k], h[k], ahead[t % AHEAD][k]);
+        if (t + AHEAD < 16) look_ahead(t + AHEAD);
       }
       if (!handed) {
         put_states(relayed + at, h);
@@ -463,7 +465,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       }
 
       // what nobody waits for
-      if (LOAD_AHEAD && i + TURNS < tiles) load_projections(t0 + TURNS * TILE);
       if (RELAY == 1) keep_states(t0, entering);
 #pragma unroll
       for (int m = 0; m < 16; m += G) {
@@ -478,6 +479,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         }
         deliver(y, dt_tile, channel, s, lane, m);
       }
+      if (i + TURNS < tiles) fetch_spread(t0 + TURNS * TILE);
+      copies_commit();
     }
 #pragma unroll 1
     for (int j = 0; j < TILE && !RELAY; j += 16) {
@@ -525,7 +528,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     __syncwarp();
     if constexpr (MODE == 0) {
       const Extent n = extent_of(o, count, end - t0 - (RELAY ? here() : 0));
-      if (HAS_Z) copies_wait<1>();
+      if (HAS_Z) copies_wait<RELAY ? 2 : 1>();
       if (o.any) {
         Raw ru, rz, r;
         if (HAS_D) read(ru, raw_u + buffer * RAW_WORDS);
@@ -540,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         }
         if constexpr (KEEP_Y) {
           put(r, v);
-          store(r, place(p.y, p.out_batch, p.out_dim, p.out_step, t0), p.out_step, n);
+          store(r, (scalar*)((char*)PLACE(out, t0) + ((char*)p.y - (char*)p.out)), p.out_step, n);
         }
         if constexpr (HAS_Z) {
           read(rz, raw_z);
@@ -574,6 +577,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     else if (p.last_state && end == w.length) p.last_state[(i64)w.row * p.dim * STATE + at] = h[k];
   }
   if (MODE != 0 && s == 0) p.span_time[slot * p.dim + d] = time;
+}
+
+// B and C as a relay's warps copy them: float32, [row of B, C][step][state, padded to whole vectors]; B scaled.
+extern "C" __global__ void __launch_bounds__(256) spread(const Params p) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, per_row = p.length * STATE_QUADS, row = i / per_row;
+  if (row >= p.spread_rows) return;
+  const i64 quad = (i - row * per_row) / p.length, t = i - row * per_row - quad * p.length, batch = row / p.groups;
+  auto move = [&](float* to, const void* M, i64 batch_stride, i64 group_stride, i64 state_stride, i64 step_stride, float scale) {
+    const scalar* const from = (const scalar*)M + batch * batch_stride + (row - batch * p.groups) * group_stride + t * step_stride;
+    float v[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = 4 * quad + j < STATE ? to_float(from[(4 * quad + j) * state_stride]) * scale : 0.f;
+    *(float4*)(to + (row * p.length + t) * (4 * STATE_QUADS) + 4 * quad) = make_float4(v[0], v[1], v[2], v[3]);
+  };
+  if constexpr (!CONST_B) move(p.spread_B, p.B, p.B_batch, p.B_group, p.B_state, p.B_step, B_SCALE);
+  if constexpr (!CONST_C) move(p.spread_C, p.C, p.C_batch, p.C_group, p.C_state, p.C_step, 1.f);
 }
 
 // Spans' leaving states -> their entering states, in place: enter[i+1] = exp(A time[i]) enter[i] + leave[i].
