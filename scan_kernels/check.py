@@ -18,10 +18,12 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import tempfile
 from collections.abc import Iterator
+from concurrent import futures
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -195,7 +197,10 @@ def count(name: str, tags: tuple[str, ...]) -> int:
 def run(
     ops: list[str], backends: list[str] | None, device: torch.device, tags: tuple[str, ...], progress: Any = None
 ) -> tuple[list[Row], dict[str, dict[str, str]]]:
-    """Run every case with one of the tags on every backend. Returns the rows, and skipped[op][backend] = reason."""
+    """Run every case with one of the tags on every backend. Returns the rows, and skipped[op][backend] = reason.
+
+    On a GPU, cases run side by side in processes of their own: the reference and compilers take most of the time.
+    """
     rows: list[Row] = []
     skipped: dict[str, dict[str, str]] = {}
     for name in ops:
@@ -208,13 +213,41 @@ def run(
                 skipped.setdefault(name, {})[backend] = reasons[0] or ""
             else:
                 able.append(backend)
-        found = []
-        for case in cases:
-            found += run_case(op, case, device, able)
+        found: dict[str, list[Row]] = {}
+        for case, of_case in _side_by_side(op, cases, device, able):
+            found[case] = of_case
             if progress is not None:
-                progress(f"{name} {case.name}")
-        rows += sorted(found, key=lambda row: able.index(row.backend))
+                progress(f"{name} {case}")
+        in_order = (row for case in cases for row in found[case.name])
+        rows += sorted(in_order, key=lambda row: able.index(row.backend))
     return rows, skipped
+
+
+def _workers(device: torch.device) -> int:
+    """Processes that check cases side by side."""
+    return min(14, (os.cpu_count() or 1) - 2) if device.type == "cuda" else 1
+
+
+def _side_by_side(op: Op, cases: list[Any], device: torch.device, able: list[str]) -> Iterator[tuple[str, list[Row]]]:
+    """(case's name, its rows) as they are done."""
+    workers = min(len(cases), _workers(device))
+    if workers < 2:
+        for case in cases:
+            yield case.name, run_case(op, case, device, able)
+        return
+    with futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        try:
+            pending = {pool.submit(_rows_of, op.name, case.name, str(device), able): case.name for case in cases}
+            for done in futures.as_completed(pending):
+                yield pending[done], done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _rows_of(op_name: str, case_name: str, device: str, able: list[str]) -> list[Row]:
+    """In a process of its own: the rows of a case."""
+    op = find_op(op_name)
+    return run_case(op, next(c for c in op.cases.CASES if c.name == case_name), device, able)
 
 
 def write_record(rows: list[Row], skipped: dict, ops: list[str], where: torch.device, folder: Path) -> Path:

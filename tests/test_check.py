@@ -115,3 +115,18 @@ def test_record_holds_every_row(tmp_path):
     assert len(record["rows"]) == len(rows) == record["passed"]
     assert record["sources"] == {"selective_scan": OP.sources}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_cases_side_by_side_give_the_rows_of_one_after_the_other(monkeypatch):
+    op = check.find_op("selective_scan")
+    few = [c for c in op.cases.CASES if "ci" in c.tags][:3]
+
+    def rows(workers):
+        monkeypatch.setattr(check, "_workers", lambda device: workers)
+        return dict(check._side_by_side(op, few, torch.device("cpu"), ["chunked"]))
+
+    alone, together = rows(1), rows(2)
+    assert all(r.ok for found in together.values() for r in found)
+    assert {n: [r.tensor for r in found] for n, found in together.items()} == {
+        n: [r.tensor for r in found] for n, found in alone.items()
+    }

@@ -527,7 +527,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     // ---- finish: this lane's elements of out
     __syncwarp();
     if constexpr (MODE == 0) {
-      const Extent n = extent_of(o, count, end - t0 - (RELAY ? here() : 0));
+      const Extent there = RELAY ? extent_of(o, count, end - t0 - here()) : n;  // anew: registers are short
       if (HAS_Z) copies_wait<RELAY ? 2 : 1>();
       if (o.any) {
         Raw ru, rz, r;
@@ -543,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         }
         if constexpr (KEEP_Y) {
           put(r, v);
-          store(r, (scalar*)((char*)PLACE(out, t0) + ((char*)p.y - (char*)p.out)), p.out_step, n);
+          store(r, (scalar*)((char*)PLACE(out, t0) + ((char*)p.y - (char*)p.out)), p.out_step, there);
         }
         if constexpr (HAS_Z) {
           read(rz, raw_z);
@@ -557,8 +557,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         }
         put(r, v);
         scalar* const out = PLACE(out, t0);
-        __builtin_assume(__isGlobal(out));  // one that was noted no longer shows it
-        store(r, out, p.out_step, n);
+        if (RELAY) __builtin_assume(__isGlobal(out));  // which an address from shared memory does not show
+        store(r, out, p.out_step, there);
       }
     }
   }
