@@ -253,6 +253,8 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     lanes = min(32, max(4, _power_of_two(_ceil(problem.state, 2))))
     tile = 32 // max(2, _power_of_two(_ceil(problem.state, lanes)))
+    if problem.dtype != "bfloat16" and device.arch not in ("sm_80", "sm_86", "sm_89", "sm_90") and lanes < 32:
+        lanes *= 2  # with two states a lane, products in two parts take more registers than ptxas finds from 10.0 on
     per_group = problem.dim // problem.groups
     found = []
     for warps, blocks in ((4, 2), (8, 1), (2, 4), (1, 8)):
@@ -388,7 +390,8 @@ def _entering(problem: Problem, config: Config) -> tuple[int, Config] | None:
     if problem.direction == "forward":
         return LEAVE, config
     tile = 32 if span % 32 == 0 and problem.state <= 64 else 16
-    lanes = min(32, _power_of_two(_ceil(problem.state, 4 if problem.state > 1 else 1)))
+    share = 1 if problem.state == 1 else 8 if span >= 1024 else 4  # states of a lane
+    lanes = min(32, _power_of_two(_ceil(problem.state, share)))
     return ADJOINT, _forward(problem, lanes, 4, tile)
 
 

@@ -24,10 +24,11 @@
 // PARTIALS 1: every block writes its own sums, which the host adds in a fixed order (bitwise repeatable); 0: blocks add
 // theirs atomically.
 //
-// Costs per (state, step) of a lane: 13 FMUL/FFMA (12 without z), 1 MUFU, 11 shared loads of 16 bytes for PER x 4 of
-// them, 3 HMMA (2) for as many. Per step of a channel about 45. Float32 data take 8 more for their decays; all but
-// bfloat16 take twice the HMMA, and 2 more, for products in two parts. Registers: 4 PER TILE for dB, dC, h and decays,
-// and about 110. Most of all that is why PER x TILE is at most 32.
+// Costs per (state, step) of a lane: 13 FMUL/FFMA (12 without z, or where y is kept), 1 MUFU, 11 shared loads of 16 bytes
+// for PER x 4 of them, 3 HMMA (2) for as many; in all, of bf16 and 16 states, about 700 instructions an item of 32
+// (state, step), 120 of them addresses, selects and branches. Float32 data take 8 more for their decays; all but bfloat16
+// take twice the HMMA, and 2 more, for products in two parts. Registers: 4 PER TILE for dB, dC, h and decays, and about
+// 110, which is why PER x TILE is at most 32. Shared memory moves about 260 times 128 bytes an item.
 
 constexpr int T = TILE;
 constexpr int SUBTILES = CHECKPOINT / T;
@@ -36,6 +37,7 @@ constexpr int RING = 4;                                     // items in flight, 
 constexpr int STRIDE = WARPS * PER_WARP;                    // channels between a warp's groups
 constexpr bool TWO_PARTS = DTYPE != 1;                      // the tensor cores keep 11 bits, enough for bfloat16 data
 constexpr bool LOAD_AHEAD = !TWO_PARTS && !CONST_B && !CONST_C;  // where registers allow
+constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow more
 constexpr float TRUNCATED = TWO_PARTS ? 1.f : 1.000352f;    // undoes the mean of what they cut off
 static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT % T == 0 && SUBTILES > 0, "invalid configuration");
 
@@ -124,7 +126,9 @@ constexpr int PIECES = SHIFTED ? LINE / 2 + 1 : LINE * ITEM / COPY;
 constexpr int LINE_BYTES = PIECES * COPY;
 constexpr int PART_BYTES = (LINES * LINE_BYTES + 15) / 16 * 16;
 constexpr int COPIES = PARTS * LINES * PIECES, ROUNDS = (COPIES + 31) / 32;
-constexpr int KEPT_ROUNDS = ROUNDS <= (TWO_PARTS && SUBTILES > 1 ? 1 : 2) && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;       // whose addresses are kept, not computed anew
+// rounds whose addresses are kept, not computed anew: where registers allow (from 10.0 on, ptxas needs more of them)
+constexpr int MOST_KEPT = TWO_PARTS && (SUBTILES > 1 || __CUDA_ARCH__ >= 1000) ? 1 : 2;
+constexpr int KEPT_ROUNDS = ROUNDS <= MOST_KEPT && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;
 constexpr int KEPT_COPY = STATE % 4 == 0 && PER_WARP * STATE >= 128 ? 16 : STATE % 2 == 0 ? 8 : 4;
 constexpr int KEPT_PIECES = STATE * 4 / KEPT_COPY;
 constexpr int KEPT_BYTES = SUBTILES == 1 ? PER_WARP * STATES * 4 : 0;
@@ -320,10 +324,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   Warp& mine = shared.warps[warp];
   if (warp == 0)
     for (int quad = 0; quad < 4; quad++) shared.pattern[quad][lane] = make_float2(lane / 4 == 2 * quad ? 1.f : 0.f, lane / 4 == 2 * quad + 1 ? 1.f : 0.f);
-  // An address within `mine` that is not computed anew at each use.
+  // An address within `mine` that, where registers allow, is not computed anew at each use.
   auto pinned = [&](const void* at) {
     int offset = (int)((const unsigned char*)at - memory);
-    keep(offset);
+    if (ROOMY) keep(offset);
     return memory + offset;
   };
   if (STATES != STATE)  // what is never copied there
@@ -496,11 +500,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       float4 first, second, y;
     } sums = {};
     // where this lane's steps of that item lie in du, and how many there are; likewise in ddelta and dz
-    char *out_at = nullptr, *out_tile = (char*)((scalar*)p.du + batch() * p.grad_batch + (ch.first + within(0) + channel) * p.grad_dim +
-                                                (w.first + w.begin + tiles * T + step) * p.grad_step);
+    char* out_at = nullptr;
+    auto first_out = [&](int tile) {  // of the first group of channels
+      return (char*)((scalar*)p.du + batch() * p.grad_batch + (ch.first + within(0) + channel) * p.grad_dim +
+                     (w.first + w.begin + (tile + here()) * T + step) * p.grad_step);
+    };
     i64 to_ddelta = (char*)p.ddelta - (char*)p.du, to_dz = (char*)p.dz - (char*)p.du, out_over = STRIDE * p.grad_dim * ITEM;
     int out_count = 0;
-    keep(out_over), keep(to_ddelta), keep(to_dz);
+    if (ROOMY) keep(out_over), keep(to_ddelta), keep(to_dz);
     const int own_groups = owns ? (count - within(0) - channel + STRIDE - 1) / STRIDE : 0;  // whose channel exists
     // what the forward kept of y of the lane's steps at `at` in du, whose layout it has; read when the item is finished
     auto fetch_y = [&](const char* at, int count) {
@@ -626,7 +633,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int whole_tiles = steps / T;
     int ahead_tile = tiles - 1, ahead_c = 0;  // the item to be copied next
     int simple_tiles = count == groups * STRIDE ? whole_tiles : 0;  // where all channels and steps exist
-    keep(simple_tiles);
+    if (ROOMY) keep(simple_tiles);
     const char* ahead_from[KEPT_ROUNDS ? KEPT_ROUNDS : 1];    // this lane's pieces of it
     const char* ahead_kept = (const char*)(p.states + ((w.states + w.begin / CHECKPOINT + ahead_tile) * p.dim + ch.first + within(0)) * STATE) + lane * KEPT_COPY;
     if constexpr (KEPT_ROUNDS > 0) {
@@ -717,7 +724,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       __syncthreads();
       if (tile > 0) fetch_bc(tile - 1);
       int left = steps - tile * T - step;
-      keep(left);
+      if (ROOMY) keep(left);
       const bool ragged = tile >= whole_tiles;
 
       float sum_B[PER][T], sum_C[PER][T];  // dB and dC
@@ -726,8 +733,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
         for (int t = 0; t < T; t++) sum_B[k][t] = sum_C[k][t] = 0.f;
 
-      char* out_next = out_tile -= T * p.grad_step * ITEM;
-      Group* group = mine.groups;
+      char* out_next = first_out(tile);
+      Group* group = mine.groups + (GROUPS == 1 ? here() : 0);  // or all of a single group is kept in registers
       float2* last_sums = &mine.groups[groups - 1].sums[lane];
 #pragma unroll 1
       for (int c = 0; c < groups; c++, group++) {
@@ -789,7 +796,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
               decay[k][t] = decay_of(dt[q % 2][j], A[k]);
               h[k] = fmaf(decay[k][t], h[k], x[q % 2][j] * b[q % 2][k][j]);
             }
-          if (!LOAD_AHEAD && q + 1 < QUADS) __syncwarp();  // what is loaded for the next quad stays behind it: fewer registers
+          if (!ROOMY && q + 1 < QUADS) __syncwarp();  // what is loaded for the next quad stays behind it: fewer registers
         }
         put(others, next);
         __syncwarp();
@@ -834,7 +841,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           sum_lanes(sums.first, gb[0], gb[1], ga[0], ga[1], pattern);
           sum_lanes(sums.second, gb[2], gb[3], ga[2], ga[3], pattern);
           if (SUM_Y) sum_lanes(sums.y, y[0], y[1], y[2], y[3], pattern);
-          if (!LOAD_AHEAD && t4 > 0) __syncwarp();
+          if (!ROOMY && t4 > 0) __syncwarp();
         }
 #pragma unroll
         for (int k = 0; k < PER; k++) largest += fabsf(g[k]);

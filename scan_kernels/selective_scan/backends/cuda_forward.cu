@@ -14,15 +14,16 @@
 //
 // Relay (RELAY), for rows too few to give every warp channels of its own: WARPS / GROUPS warps share PER_WARP channels
 // and take turns in time, a tile of 16 steps each. All of a tile but the recurrence needs no state and runs in parallel:
-// copies, softplus, B and C (each warp its own), the decays, which wait in registers. The state passes from warp to warp
-// through shared memory: after the 16 steps (1) or before them (2), as (product of decays) h + (what the steps make of
-// zero), for 64 FFMA, 64 FMUL and 4 MUFU more a lane. So no row is cut and no state-only pass is needed.
+// copies, softplus, and the decays, which wait in registers with x B of the first AHEAD steps. The state passes from warp
+// to warp through shared memory: after the 16 steps (1) or before them (2), as (product of decays) h + (what the steps
+// make of zero), for 64 FFMA, 64 FMUL and 4 MUFU more a lane. So no row is cut and no state-only pass is needed. Each
+// warp needs tiles of B and C of its own: `spread` writes both as float32 rows first, which cp.async then copies as they are.
 //
 // Costs per (state, step) of a lane: 2 FMUL, 1 MUFU, 2 FFMA and half a shared load of 16 bytes (B, C); float32 data
 // take 8 more for their decays, an exponential on the FMA pipe (POLYNOMIAL of 32) 7 more and no MUFU. Per step and
 // lane: half a shared load of 16 bytes (dt, x), and for the sum over the states (LANES-1)/LANES (1 SHFL, 1 FADD, 2 SEL).
-// A relay's tile of LANES 4, PER 4, bf16: about 750 instructions a warp, 80 of them MUFU; from a turn's start to its end
-// 160 (1) or 30 (2).
+// A relay's tile of LANES 4, PER 4, bf16: about 700 instructions a warp, 76 of them MUFU; 158 (fewer, the more steps are
+// ready AHEAD), or 25 where the state is handed on before the steps, from a turn's start to its end.
 
 constexpr int G = LANES < 4 ? 4 : LANES > 16 ? 16 : LANES;  // steps whose y are reduced together
 constexpr int UNROLL = PER * G <= 32 ? 4 : 1;
