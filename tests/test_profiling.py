@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from scan_kernels import measure, selective_scan, text
+from scan_kernels.__main__ import main
 from scan_kernels.peers import PEERS, Peer
 from scan_kernels.profiling import report, roofline, timer
 from scan_kernels.profiling.device import Ceiling, ceilings, describe
@@ -394,6 +395,25 @@ def test_bench_prints_a_time_with_its_bound():
     assert "units" in line or "memory" in line
 
 
+def test_a_sweep_is_a_measurement_for_each_size_and_a_cliff_fails(monkeypatch, capsys):
+    """Twice as long, an element takes ten times as long; then the same again."""
+    seconds = iter((1e-3, 20e-3, 40e-3))
+
+    def results(op, case, *others):
+        took = next(seconds)
+        yield {"use": "inference", "runner": "chunked", "median_s": took, "low_s": took, "high_s": took, "runs": 3,
+               "method": "one call"}  # fmt: skip
+
+    monkeypatch.setattr(measure, "results", results)
+    arguments = ["bench", "--device", "cpu", "--shape", "1,32,64", "--backend", "chunked", "--direction", "forward"]
+    assert main([*arguments, "--sweep", "length=64:256"]) == 1
+    shown = capsys.readouterr().out
+    assert [f"1 x 32 x {n}," in shown for n in (32, 64, 128, 256, 512)] == [False, True, True, True, False]
+    assert shown.count("CLIFF") == 1
+    assert "x 10.00 CLIFF" in shown
+    assert "x 1.00" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -402,6 +422,9 @@ def test_bench_prints_a_time_with_its_bound():
         (("bench", "--shape", "1,2,3", "--dtype", "int8"), "--dtype"),
         (("bench", "--shape", "1,2,3", "--backend", "abacus"), "--backend"),
         (("bench", "--shape", "1,2,3", "--host"), "--host"),
+        (("bench", "--shape", "1,2,3", "--sweep", "width=1:4"), "--sweep"),
+        (("bench", "--shape", "1,2,3", "--sweep", "length=8:4"), "--sweep"),
+        (("bench", "--shape", "1,2,3", "--sweep", "state=1:512"), "--sweep"),
         (("report", "--text", "/no/such/file"), "--text"),
         (("report", "--seconds", "-1"), "--seconds"),
     ],

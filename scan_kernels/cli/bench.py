@@ -1,8 +1,9 @@
-"""``bench``: one quick measurement in the terminal, with its bound."""
+"""``bench``: a quick measurement in the terminal, with its bound, or one for each size of a sweep."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from typing import Any
 
@@ -14,6 +15,8 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
     "backward": ("backward",),
     "all": ("inference", "training", "backward"),
 }
+AXES = ("batch", "dim", "length", "state")
+CLIFF = 1.25  # growth, beyond what the bound explains, of the time of an element from one size to the next
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direction", choices=DIRECTIONS, default="all", help="default: %(default)s")
     parser.add_argument("--device", help="cpu, cuda or cuda:INDEX; by default the GPU if there is one")
     parser.add_argument("--seconds", type=float, default=0.3, help="time spent on a measurement (default: %(default)s)")
+    parser.add_argument(
+        "--sweep", metavar="AXIS=FROM:TO", help="one of batch, dim, length and state, doubled from FROM up to TO"
+    )
     parser.add_argument("--host", action="store_true", help="also time the host alone: Python, torch and launches")
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     from .. import check, measure
     from ..profiling import timer
     from ..profiling.device import ceilings
@@ -39,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.host and device.kind == "cpu":
         raise BadArgument("--host: a CPU is its own host, and its times say all; expected a GPU")
     case = _case(op, args.shape, args.dtype or ("bf16" if device.kind == "cuda" else "fp32"))
+    sizes = _sizes(op, case, args.sweep)
     for name in args.backend or ():
         if name not in op.backends:
             raise BadArgument(f"--backend: expected one of {', '.join(op.backends)}, got {name!r}")
@@ -47,34 +56,52 @@ def run(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(args.backend)) if args.backend else [n for n, why in reasons.items() if why is None]
 
     out = console()
-    out.print(f"{case.batch} x {case.dim} x {case.length}, {case.state} states, {case.dtype} on {device.name}")
-    green = [name for name in names if _passes(op, case, device, name, out)]
-    tensors = case.make(device.torch)
     columns = ["direction", "backend", "config", "time", "quartiles", "Gelem/s", "of bound", "bound by", "runs"]
-    shown = table("", *columns, *(["host"] if args.host else []))
-    failed = len(green) < len(names)
-    runners = {name: measure.backend(op, name, selective_scan) for name in green}
-    for r in measure.results(
-        op, case, tensors, list(runners.values()), device, args.seconds, DIRECTIONS[args.direction]
-    ):
-        problem = case.used(r["use"], device.kind)
-        direction = "training" if r["use"] == "training" else problem.direction
-        if "reason" in r:
-            failed = True
-            shown.add_row(direction, r["runner"], "", r["reason"])
-            continue
-        need, choice = measure.bounds(problem, ceilings(device)), op.resolve(problem, device.torch, r["runner"])
-        host = []
-        if args.host:
-            call = measure.call(runners[r["runner"]].scan, tensors, op.cases.ARGUMENTS, r["use"])
-            host = [seconds(timer.host(call, device, seconds=args.seconds).median_s)]
-        shown.add_row(
-            direction, r["runner"], fields(choice.config), seconds(r["median_s"]),
-            f"{seconds(r['low_s'])} to {seconds(r['high_s'])}", f"{need['elements'] / r['median_s'] / 1e9:.3g}",
-            f"{100 * need['seconds'] / r['median_s']:.2g} %", f"{need['unit']}, {seconds(need['seconds'])}",
-            f"{r['runs']} x {r['method']}", *host,
-        )  # fmt: skip
-    out.print(shown)
+    columns += ["host"] * args.host
+    failed = False
+    shares: dict[tuple[str, str], float] = {}  # of the bound, at the size before
+    verdicts: dict[int, list[str]] = {}
+    for case in sizes:
+        out.print(f"{case.batch} x {case.dim} x {case.length}, {case.state} states, {case.dtype} on {device.name}")
+        shown = table("", *columns, *(["beyond the bound"] if args.sweep else []))
+        if case.state not in verdicts:  # sizes of one state pose the same small cases
+            verdicts[case.state] = [name for name in names if _passes(op, case, device, name, out)]
+        green = verdicts[case.state]
+        failed |= len(green) < len(names)
+        try:
+            tensors = case.make(device.torch)
+        except torch.OutOfMemoryError:
+            out.print("  does not fit in memory")
+            break
+        runners = {name: measure.backend(op, name, selective_scan) for name in green}
+        for r in measure.results(
+            op, case, tensors, list(runners.values()), device, args.seconds, DIRECTIONS[args.direction]
+        ):
+            problem = case.used(r["use"], device.kind)
+            direction = "training" if r["use"] == "training" else problem.direction
+            if "reason" in r:
+                failed = True
+                shown.add_row(direction, r["runner"], "", r["reason"])
+                continue
+            need, choice = measure.bounds(problem, ceilings(device)), op.resolve(problem, device.torch, r["runner"])
+            more = []
+            if args.host:
+                call = measure.call(runners[r["runner"]].scan, tensors, op.cases.ARGUMENTS, r["use"])
+                more = [seconds(timer.host(call, device, seconds=args.seconds).median_s)]
+            share, known = need["seconds"] / r["median_s"], (r["runner"], r["use"])
+            if args.sweep:
+                growth = shares.get(known, share) / share
+                failed |= growth > CLIFF
+                more.append(f"x {growth:.2f}" + " CLIFF" * (growth > CLIFF) if known in shares else "")
+            shares[known] = share
+            shown.add_row(
+                direction, r["runner"], fields(choice.config), seconds(r["median_s"]),
+                f"{seconds(r['low_s'])} to {seconds(r['high_s'])}", f"{need['elements'] / r['median_s'] / 1e9:.3g}",
+                f"{100 * share:.2g} %", f"{need['unit']}, {seconds(need['seconds'])}",
+                f"{r['runs']} x {r['method']}", *more,
+            )  # fmt: skip
+        out.print(shown)
+        del tensors, runners
     return int(failed)
 
 
@@ -87,6 +114,25 @@ def _case(op: Any, shape: str, dtype: str) -> Any:
             "--shape batch,dim,length[,state] with sizes from 1 and at most 256 states, --dtype fp32, bf16 or fp16"
         )
         raise BadArgument(f"expected {expected}; got --shape {shape} --dtype {dtype}") from None
+
+
+def _sizes(op: Any, case: Any, sweep: str | None) -> list[Any]:
+    """The case itself, or one for each size of the sweep."""
+    if sweep is None:
+        return [case]
+    axis, _, ends = sweep.partition("=")
+    first, _, last = ends.partition(":")
+    most = op.cases.MAX_STATE if axis == "state" else 2**31 - 1
+    known = axis in AXES and first.isdecimal() and last.isdecimal()
+    if not known or not 1 <= int(first) <= int(last) <= most:
+        raise BadArgument(
+            f"--sweep: expected AXIS=FROM:TO, AXIS one of {', '.join(AXES)}, 1 <= FROM <= TO <= {most}; got {sweep!r}"
+        )
+    size, found = int(first), []
+    while size <= int(last):
+        found.append(dataclasses.replace(case, **{axis: size}))
+        size *= 2
+    return found
 
 
 def _passes(op: Any, case: Any, device: Any, name: str, out: Any) -> bool:
