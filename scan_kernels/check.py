@@ -224,8 +224,11 @@ def run(
 
 
 def _workers(device: torch.device) -> int:
-    """Processes that check cases side by side."""
-    return min(14, (os.cpu_count() or 1) - 2) if device.type == "cuda" else 1
+    """Processes that check cases side by side: each needs a core, and room for a context and a case on the GPU."""
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(14, (os.cpu_count() or 1) - 2, free >> 32)
 
 
 def _side_by_side(op: Op, cases: list[Any], device: torch.device, able: list[str]) -> Iterator[tuple[str, list[Row]]]:

@@ -23,7 +23,12 @@ SMALL = Case("emulated", batch=1, dim=24, length=100, initial_state=True)
 FORWARD, BACKWARD = Config(4, 1, 16), Config(8, 4, 16, 2, groups=2)
 
 
-def gradients(case: Case, forward: Config, backward: Config | None, **fields) -> list[tuple]:
+def right(case: Case, *configs, **fields) -> bool:
+    """Whether one of as many draws as ``check`` grants passes; a sum that all but cancels may fail a right one."""
+    return any(wrong(case, *configs, **fields) == [] for _ in range(check.DRAWS))
+
+
+def wrong(case: Case, forward: Config, backward: Config | None, **fields) -> list[tuple]:
     """What is wrong with the outputs and, with a backward, the gradients."""
     t = case.make("cpu")
     i = normal_form([t[name] for name in Inputs._fields])
@@ -40,14 +45,14 @@ def gradients(case: Case, forward: Config, backward: Config | None, **fields) ->
         cuda.backward(problem, i, Kept(outputs.states, outputs.y), cotangents, made, backward)
         found |= {name: g for name, g in made._asdict().items() if g is not None}
     exact, plain = check.judged(OP, t)
-    wrong = []
+    failed = []
     for name, got in found.items():
         want = exact[name]
         *figures, ok = check.compare(
             want, plain[name].reshape(want.shape), got.double().numpy().reshape(want.shape), check.FLOORS[case.dtype]
         )
-        wrong += [] if ok else [(name, *figures)]
-    return wrong
+        failed += [] if ok else [(name, *figures)]
+    return failed
 
 
 CASES = {
@@ -73,7 +78,7 @@ CASES = {
 def test_right_and_without_a_race(name, monkeypatch, tmp_path):
     forward, backward, fields = CASES[name]
     emulator = install(monkeypatch, tmp_path)
-    assert gradients(dataclasses.replace(SMALL, **fields), forward, backward) == []
+    assert right(dataclasses.replace(SMALL, **fields), forward, backward)
     assert emulator.races == 0
 
 
@@ -81,7 +86,7 @@ def test_right_and_without_a_race(name, monkeypatch, tmp_path):
 def test_whatever_the_forward_kept(fields, monkeypatch, tmp_path):
     emulator = install(monkeypatch, tmp_path)
     case = dataclasses.replace(SMALL, dtype="bfloat16", length=96)
-    assert gradients(case, FORWARD, BACKWARD, **fields) == []
+    assert right(case, FORWARD, BACKWARD, **fields)
     assert emulator.races == 0
 
 
@@ -104,6 +109,6 @@ def test_a_missing_barrier_is_found(name, monkeypatch, tmp_path, capfd):
         return code.replace(before, after)
 
     emulator = install(monkeypatch, tmp_path, change=without)
-    gradients(dataclasses.replace(SMALL, dtype="bfloat16"), config, None)
+    wrong(dataclasses.replace(SMALL, dtype="bfloat16"), config, None)
     assert emulator.races > 0
     assert "race: " in capfd.readouterr().err

@@ -1,7 +1,7 @@
 """The CUDA kernels on a CPU, thread by thread, with a detector of races: what they compute, and whether they may.
 
-``translate`` turns a kernel's source into C++ for device.h; ``install`` puts it where CuPy would be. Slow: a million
-times a GPU's time. It knows what these kernels use, no more, and stops at an instruction that it does not know.
+``translate`` turns a kernel's source into C++ for device.h; ``install`` puts it where CuPy would be. It knows what
+these kernels use, no more, and refuses an instruction that it does not know.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def translate(code: str, name: str) -> str:
     """C++ that runs the kernel of that name."""
 
     def instruction(match: re.Match[str]) -> str:
-        return next(text for part, text in INSTRUCTIONS.items() if part in match[0])
+        for part, text in INSTRUCTIONS.items():
+            if part in match[0]:
+                return text
+        raise ValueError(f"emulator: expected one of the instructions that it knows, got {match[0]}")
 
     code = re.sub(r"asm\s*(?:volatile)?\s*\(.*?\)\s*;", instruction, code, flags=re.S)
     for phrase, text in PHRASES.items():

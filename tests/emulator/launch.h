@@ -37,7 +37,8 @@ static void run_block(int threads) {
       if (!group.empty()) fail("a kernel ended before its copies");
 }
 extern "C" void emulate(const Params* p, int blocks, int threads, int shared_bytes, unsigned seed) {
-  chance.seed(seed), parameters = p, thread_count = threads, blockDim.x = threads;
+  races_begin(nullptr, 0, threads);  // the last launch's memory may be given out again
+  chance.seed(seed), parameters = p, thread_count = threads, blockDim.x = threads, current = 0;
   std::vector<float4> memory(shared_bytes / 16 + 2);
   emulated_shared = (float*)memory.data();
   fibers = std::vector<Fiber>(threads);
