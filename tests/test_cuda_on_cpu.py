@@ -64,7 +64,7 @@ CASES = {
         None,
         {"dtype": "float16", "layout": "dim", "length": 77},
     ),
-    "relay, early": (Config(4, 6, 16, relay=2), None, {}),
+    "relay fp32": (Config(4, 6, 16, relay=1), None, {}),
     "relay, packed": (Config(4, 3, 16, relay=1), None, {"lengths": (70, 0, 1, 33), "dtype": "bfloat16"}),
     "backward bf16": (FORWARD, BACKWARD, {"dtype": "bfloat16", "length": 67, "dim": 72}),
     "backward fp32": (FORWARD, BACKWARD, {"dim": 40}),
@@ -82,6 +82,14 @@ def test_right_and_without_a_race(name, monkeypatch, tmp_path):
     assert emulator.races == 0
 
 
+@pytest.mark.parametrize("layout", ["length", "dim"])
+@pytest.mark.parametrize("length", [1, 2])
+def test_rows_too_short_to_average_out_an_error(length, layout, monkeypatch, tmp_path):
+    install(monkeypatch, tmp_path)
+    case = dataclasses.replace(SMALL, batch=2, dim=40, length=length, dtype="bfloat16", layout=layout)
+    assert right(case, FORWARD, BACKWARD)
+
+
 @pytest.mark.parametrize("fields", [{"keep_y": True}, {"checkpoint": 32}], ids=str)
 def test_whatever_the_forward_kept(fields, monkeypatch, tmp_path):
     emulator = install(monkeypatch, tmp_path)
@@ -93,8 +101,8 @@ def test_whatever_the_forward_kept(fields, monkeypatch, tmp_path):
 PLANTED = {
     "a relay's own tiles": (
         Config(4, 8, 16, relay=1),
-        "if (RELAY == 1) copies_wait<2>();\n      __syncwarp();",
-        "if (RELAY == 1) copies_wait<2>();",
+        "copies_wait<2>();\n      __syncwarp();",
+        "copies_wait<2>();",
     ),
     "a block's tiles of B and C": (Config(2, 4, 32), "if (BC_TILES > 0 && !RELAY) __syncthreads();", "if (false);"),
 }

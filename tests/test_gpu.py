@@ -74,11 +74,9 @@ def test_explicit_configurations(name, deterministic, layout):
 
 
 RELAYS = {
-    "late": Config(4, 8, 16, 2, relay=1),
-    "early": Config(4, 6, 16, 2, relay=2),
-    "two turns": Config(4, 2, 16, relay=2),
+    "two blocks": Config(4, 8, 16, 2, relay=1),
+    "two turns": Config(4, 2, 16, relay=1),
     "groups": Config(8, 15, 16, groups=5, relay=1),
-    "groups, early": Config(8, 12, 16, groups=3, relay=2),
 }
 ODD = (
     *(cases.Case(f"{n} steps", batch=2, dim=40, length=n, initial_state=True) for n in (1, 15, 16, 17, 100, 1000)),

@@ -24,6 +24,7 @@ FORWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"
 BACKWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_backward.cu"
 SCAN, LEAVE, ADJOINT = 0, 1, 2  # MODE of cuda_forward.cu
 MOST_TURNS = 15  # warps of a block that can take turns: each waits at a hardware barrier of its own
+EXACT_BELOW = 32  # steps: so short a row does not average out what the tensor cores cut off of its sums over states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Config:
     splits: int = 1  # parts of a row's time that run in parallel
     groups: int = 1  # backward: groups of channels that a warp walks in turn; relay: those of a block
     chain: int = 0  # backward: 1: parts hand the adjoint on through flags, 0: an extra pass finds it
-    relay: int = 0  # forward: a group's warps take turns in time, 1: after a tile's steps, 2: before; 0: no turns
+    relay: int = 0  # forward: 1: a group's warps share channels and take turns in time; 0: each has its own
     checkpoint: int = 0  # forward: steps between kept states, a multiple of 16; 0: the op's default
     keep_y: bool = False  # forward: keep what z gates, too, which the backward else computes anew
     polynomial: int = 0  # forward, 16-bit data: of 32 exponentials, how many are polynomials instead
@@ -54,8 +55,8 @@ class Config:
             raise ValueError(f"config: expected warps 1..32 and positive blocks, splits, groups, got {self}")
         if self.checkpoint % 16:
             raise ValueError(f"config: checkpoint: expected a multiple of 16, got {self.checkpoint}")
-        if self.relay not in (0, 1, 2) or (self.relay and (self.splits > 1 or self.warps % self.groups)):
-            raise ValueError(f"config: relay: expected 0..2, splits 1 and as many warps for each group, got {self}")
+        if self.relay not in (0, 1) or (self.relay and (self.splits > 1 or self.warps % self.groups)):
+            raise ValueError(f"config: relay: expected 0 or 1, splits 1 and as many warps for each group, got {self}")
         if not 0 <= self.polynomial <= 32:
             raise ValueError(f"config: expected polynomial 0..32, got {self}")
 
@@ -196,15 +197,14 @@ def _relays(problem: Problem, device: Any) -> list[tuple[float, Config]]:
         held = _ceil(groups, device.units)  # groups of channels on a multiprocessor
         if not 1 <= held <= MOST_TURNS // 2:
             continue
-        # a multiprocessor has 64 hardware barriers or, of other generations, 24; a block takes 16 of them
+        # a multiprocessor has 64 hardware barriers, or 24 in the generations not named here; a block takes 16 of them
         blocks = 2 if held % 2 == 0 and device.arch in ("sm_80", "sm_90", "sm_100") else 1
-        for relay in (1, 2):
-            # as many warps as registers allow without spilling; one relay is faster with more of them a warp
-            warps = 8 if problem.state > 16 else 16 if relay == 1 and held > 1 else 12
-            turns = min(warps // held, MOST_TURNS * blocks // held)
-            if turns > 1 and (relay == 1 or held <= 2):
-                config = Config(lanes, held // blocks * turns, 16, blocks, groups=held // blocks, relay=relay)
-                found.append((worth * _busy(groups, device.units), config))
+        # as many warps as registers allow without spilling; a single group is faster with more registers a warp
+        warps = 8 if problem.state > 16 else 16 if held > 1 else 12
+        turns = min(warps // held, MOST_TURNS * blocks // held)
+        if turns > 1:
+            config = Config(lanes, held // blocks * turns, 16, blocks, groups=held // blocks, relay=1)
+            found.append((worth * _busy(groups, device.units), config))
     return sorted(found, key=lambda f: -f[0])
 
 
@@ -253,7 +253,8 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     lanes = min(32, max(4, _power_of_two(_ceil(problem.state, 2))))
     tile = 32 // max(2, _power_of_two(_ceil(problem.state, lanes)))
-    if problem.dtype != "bfloat16" and device.arch not in ("sm_80", "sm_86", "sm_89", "sm_90") and lanes < 32:
+    two_parts = problem.dtype != "bfloat16" or problem.length < EXACT_BELOW
+    if two_parts and device.arch not in ("sm_80", "sm_86", "sm_89", "sm_90") and lanes < 32:
         lanes *= 2  # with two states a lane, products in two parts take more registers than ptxas finds from 10.0 on
     per_group = problem.dim // problem.groups
     found = []
@@ -416,6 +417,7 @@ def variants(
         more = {
             "CHAIN": config.chain if _spans(problem, config)[0] > 1 else 0,
             "PARTIALS": int(problem.deterministic),
+            "EXACT_SUMS": int(problem.length < EXACT_BELOW),
         }
     shared = shared_bytes(problem, config)
     if problem.direction == "backward":

@@ -35,7 +35,8 @@ constexpr int SUBTILES = CHECKPOINT / T;
 constexpr bool SUM_Y = HAS_Z && !KEEP_Y;                    // y = C h + D u is computed anew
 constexpr int RING = 4;                                     // items in flight, and the one at hand
 constexpr int STRIDE = WARPS * PER_WARP;                    // channels between a warp's groups
-constexpr bool TWO_PARTS = DTYPE != 1;                      // the tensor cores keep 11 bits, enough for bfloat16 data
+// The tensor cores keep 11 bits, enough for bfloat16 data unless a row is so short that EXACT_SUMS is set.
+constexpr bool TWO_PARTS = DTYPE != 1 || EXACT_SUMS;
 constexpr bool LOAD_AHEAD = !TWO_PARTS && !CONST_B && !CONST_C;  // where registers allow
 constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow more
 constexpr float TRUNCATED = TWO_PARTS ? 1.f : 1.000352f;    // undoes the mean of what they cut off
@@ -47,40 +48,6 @@ DEVICE int own_step(int lane) {
   return lane % 4 * 4 + (LANES == 8 ? (lane >> 2 & 1) * 2 : LANES >= 16 ? (lane >> 2 & 1) * 2 + (lane >> 3 & 1) : 0);
 }
 DEVICE bool owns_steps(int lane) { return lane % 4 * 4 < T && (LANES < 32 || lane < 16); }
-
-// N neighbours from and to shared memory
-template <int N>
-DEVICE void get(float (&v)[N], const float* from) {
-  if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 q = *(const float4*)(from + i);
-      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
-    }
-  } else if constexpr (N % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      const float2 q = *(const float2*)(from + i);
-      v[i] = q.x, v[i + 1] = q.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) v[i] = from[i];
-  }
-}
-template <int N>
-DEVICE void set(float* to, const float (&v)[N]) {
-  if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) *(float4*)(to + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
-  } else if constexpr (N % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 2) *(float2*)(to + i) = make_float2(v[i], v[i + 1]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) to[i] = v[i];
-  }
-}
 
 // Add (or, for partial sums, store) four neighbours of which `count` exist.
 DEVICE void deposit(float* to, float4 v, int count) {

@@ -6,7 +6,7 @@
 //   LANES  lanes that share a channel (S)      WARPS   warps of a block
 //   TILE   steps of a tile (T)                 GROUPS  groups of channels that a warp walks in turn, backward only
 //   CHECKPOINT  the state that enters every CHECKPOINT-th step of a row is kept; 0: none
-//   RELAY  forward only: 1, 2: WARPS / GROUPS warps share the channels of each of GROUPS groups and take turns in time;
+//   RELAY  forward only: 1: WARPS / GROUPS warps share the channels of each of GROUPS groups and take turns in time;
 //     0: every warp has its own
 //   POLYNOMIAL  of 32 exponentials, how many the FMA pipe computes (16-bit data only)
 //   DIM_LAYOUT 1: u, delta, z, out are dim-contiguous, 0: length-contiguous
@@ -175,6 +175,40 @@ DEVICE float step_slope(float raw, float e, float scale) {
 #endif
 }
 
+// N neighbours, aligned where 4 or 2 divide N, from and to shared memory
+template <int N>
+DEVICE void get(float (&v)[N], const float* from) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 q = *(const float4*)(from + i);
+      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
+    }
+  } else if constexpr (N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const float2 q = *(const float2*)(from + i);
+      v[i] = q.x, v[i + 1] = q.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] = from[i];
+  }
+}
+template <int N>
+DEVICE void set(float* to, const float (&v)[N]) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) *(float4*)(to + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+  } else if constexpr (N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) *(float2*)(to + i) = make_float2(v[i], v[i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) to[i] = v[i];
+  }
+}
+
 // ---- work: which row and which span of it a block owns --------------------------------------------------------------
 
 struct Span {
@@ -308,32 +342,6 @@ DEVICE u32 word_of(const scalar* p, i64 step_stride, int i, Extent n) {
   return a | b;
 #endif
 }
-DEVICE void load(Raw& r, const scalar* p, i64 step_stride, Extent n) {
-  if (ALIGNED && !DIM_LAYOUT && OWN * ITEM >= 4 && n.c > 0 && n.t >= OWN_T) {
-    if constexpr (WORDS % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < WORDS; i += 4) {
-        uint4 v = __ldg((const uint4*)p + i / 4);
-        r.w[i] = v.x, r.w[i + 1] = v.y, r.w[i + 2] = v.z, r.w[i + 3] = v.w;
-      }
-    } else if constexpr (WORDS % 2 == 0) {
-#pragma unroll
-      for (int i = 0; i < WORDS; i += 2) {
-        uint2 v = __ldg((const uint2*)p + i / 2);
-        r.w[i] = v.x, r.w[i + 1] = v.y;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < WORDS; i++) r.w[i] = __ldg((const u32*)p + i);
-    }
-  } else if (ALIGNED && DIM_LAYOUT && OWN_C == 2 && n.c == 2) {
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) r.w[i] = i < n.t ? __ldg((const u32*)(p + i * step_stride)) : 0u;
-  } else {
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) r.w[i] = word_of(p, step_stride, i, n);
-  }
-}
 DEVICE void store(const Raw& r, scalar* p, i64 step_stride, Extent n) {
   if (ALIGNED && !DIM_LAYOUT && OWN * ITEM >= 4 && n.c > 0 && n.t >= OWN_T) {
     if constexpr (WORDS % 4 == 0) {
@@ -440,33 +448,4 @@ constexpr int QUADS = TILE / 4;
 constexpr int TILE_PITCH = TILE + 4;
 constexpr int TILE_FLOATS = PER_WARP * TILE_PITCH;
 DEVICE int tile_at(int channel, int step) { return channel * TILE_PITCH + step; }
-// A lane's own steps of one channel, to and from such a tile; step is a multiple of OWN_T.
-DEVICE void tile_write(float* tile, int channel, int step, const float (&v)[OWN_T]) {
-  if constexpr (OWN_T % 4 == 0) {
-#pragma unroll
-    for (int t = 0; t < OWN_T; t += 4)
-      *(float4*)(tile + tile_at(channel, step + t)) = make_float4(v[t], v[t + 1], v[t + 2], v[t + 3]);
-  } else if constexpr (OWN_T == 2) {
-    *(float2*)(tile + tile_at(channel, step)) = make_float2(v[0], v[1]);
-  } else {
-    tile[tile_at(channel, step)] = v[0];
-  }
-}
-DEVICE void tile_read(float (&v)[OWN_T], const float* tile, int channel, int step) {
-  if constexpr (OWN_T % 4 == 0) {
-#pragma unroll
-    for (int t = 0; t < OWN_T; t += 4) {
-      const float4 q = *(const float4*)(tile + tile_at(channel, step + t));
-      v[t] = q.x, v[t + 1] = q.y, v[t + 2] = q.z, v[t + 3] = q.w;
-    }
-  } else if constexpr (OWN_T == 2) {
-    const float2 q = *(const float2*)(tile + tile_at(channel, step));
-    v[0] = q.x, v[1] = q.y;
-  } else {
-    v[0] = tile[tile_at(channel, step)];
-  }
-}
-DEVICE void four_steps(float (&v)[4], const float* tile, int channel, int step) {
-  const float4 q = *(const float4*)(tile + tile_at(channel, step));
-  v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
-}
+DEVICE void four_steps(float (&v)[4], const float* tile, int channel, int step) { get(v, tile + tile_at(channel, step)); }

@@ -15,15 +15,14 @@
 // Relay (RELAY), for rows too few to give every warp channels of its own: WARPS / GROUPS warps share PER_WARP channels
 // and take turns in time, a tile of 16 steps each. All of a tile but the recurrence needs no state and runs in parallel:
 // copies, softplus, and the decays, which wait in registers with x B of the first AHEAD steps. The state passes from warp
-// to warp through shared memory: after the 16 steps (1) or before them (2), as (product of decays) h + (what the steps
-// make of zero), for 64 FFMA, 64 FMUL and 4 MUFU more a lane. So no row is cut and no state-only pass is needed. Each
-// warp needs tiles of B and C of its own: `spread` writes both as float32 rows first, which cp.async then copies as they are.
+// to warp through shared memory, so that no row is cut and no state-only pass is needed. Each warp needs tiles of B and C
+// of its own: `spread` writes both as float32 rows first, which cp.async then copies as they are.
 //
 // Costs per (state, step) of a lane: 2 FMUL, 1 MUFU, 2 FFMA and half a shared load of 16 bytes (B, C); float32 data
 // take 8 more for their decays, an exponential on the FMA pipe (POLYNOMIAL of 32) 7 more and no MUFU. Per step and
 // lane: half a shared load of 16 bytes (dt, x), and for the sum over the states (LANES-1)/LANES (1 SHFL, 1 FADD, 2 SEL).
-// A relay's tile of LANES 4, PER 4, bf16: about 700 instructions a warp, 76 of them MUFU; 158 (fewer, the more steps are
-// ready AHEAD), or 25 where the state is handed on before the steps, from a turn's start to its end.
+// A relay's tile of LANES 4, PER 4, bf16: about 700 instructions a warp, 76 of them MUFU; from a turn's start to its end
+// 158, or fewer, the more steps are ready AHEAD.
 
 constexpr int G = LANES < 4 ? 4 : LANES > 16 ? 16 : LANES;  // steps whose y are reduced together
 constexpr int UNROLL = PER * G <= 32 ? 4 : 1;
@@ -39,7 +38,8 @@ constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS + (RELAY ? 2 *
 // steps whose x B a relay has ready when a warp's turn comes, and keeps ready
 constexpr int AHEAD = PER > 4 ? 2 : THREADS * MIN_BLOCKS <= 256 ? 16 : THREADS * MIN_BLOCKS <= 384 ? 4 : 2;
 constexpr int TURNS = RELAY ? WARPS / GROUPS : 1;  // warps that share channels and take turns
-static_assert(!RELAY || (MODE == 0 && TILE == 16 && PER <= 4 && TURNS >= 2 && WARPS % GROUPS == 0 && WARPS <= 15), "invalid configuration");
+static_assert(!RELAY || (MODE == 0 && TILE == 16 && PER <= 4 && TURNS >= 2 && WARPS % GROUPS == 0 && WARPS <= 15),
+              "invalid configuration");
 
 // Tiles of B, C: [step][state] in float32, for all warps of a block; in a relay, for one warp.
 constexpr int STATE_QUADS = (STATES + 3) / 4;
@@ -112,23 +112,7 @@ struct Projection {
 };
 // A lane's states of one step of such a tile.
 DEVICE void states_of(float (&v)[PER], const float* tile, int step, int slice) {
-  const float* const at = tile + step * PITCH + slice * PER;
-  if constexpr (PER % 4 == 0) {
-#pragma unroll
-    for (int k = 0; k < PER; k += 4) {
-      const float4 q = *(const float4*)(at + k);
-      v[k] = q.x, v[k + 1] = q.y, v[k + 2] = q.z, v[k + 3] = q.w;
-    }
-  } else if constexpr (PER % 2 == 0) {
-#pragma unroll
-    for (int k = 0; k < PER; k += 2) {
-      const float2 q = *(const float2*)(at + k);
-      v[k] = q.x, v[k + 1] = q.y;
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < PER; k++) v[k] = at[k];
-  }
+  get(v, tile + step * PITCH + slice * PER);
 }
 
 // The same where they may be constant in time.
@@ -172,14 +156,10 @@ DEVICE void deliver(float (&y)[G], float* dt_tile, int channel, int s, int lane,
   reduce_steps(y, lane);
   __syncwarp();
   constexpr int MINE = LANES < G ? G / LANES : 1;
-  const int first = g0 + first_step<G>(s);
-  if constexpr (MINE == 2) {
-    *(float2*)(dt_tile + tile_at(channel, first)) = make_float2(y[0], y[1]);
-  } else if constexpr (MINE == 4) {
-    *(float4*)(dt_tile + tile_at(channel, first)) = make_float4(y[0], y[1], y[2], y[3]);
-  } else {
-    dt_tile[tile_at(channel, first)] = y[0];
-  }
+  float own[MINE];
+#pragma unroll
+  for (int i = 0; i < MINE; i++) own[i] = y[i];
+  set(dt_tile + tile_at(channel, g0 + first_step<G>(s)), own);
 }
 
 // exp(ΔA) of (step, state) `index` of a lane: POLYNOMIAL of 32, spread evenly, on the FMA pipe
@@ -199,16 +179,6 @@ DEVICE float decay_at(int index, float dt, float A) {
 
 DEVICE void wait_for_turn(int warp) { asm volatile("bar.sync %0, 64;" ::"r"(1 + warp) : "memory"); }
 DEVICE void hand_turn_to(int warp) { asm volatile("bar.arrive %0, 64;" ::"r"(1 + warp) : "memory"); }
-DEVICE void put_states(float* at, const float (&v)[PER]) {
-  if constexpr (PER == 4) {
-    *(float4*)at = make_float4(v[0], v[1], v[2], v[3]);
-  } else if constexpr (PER == 2) {
-    *(float2*)at = make_float2(v[0], v[1]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < PER; k++) at[k] = v[k];
-  }
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Params p) {
   extern __shared__ __align__(16) float shared[];
@@ -264,19 +234,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   auto noted = [&](int which) { return (scalar*)places[32 * which]; };
   auto place = [&](int which, const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride, int t0) {
     if (RELAY) return noted(which) + t0 * (DIM_LAYOUT ? step_stride : 1);
-    return (scalar*)base + (batch + here()) * batch_stride + (own_channel() + here()) * dim_stride + (row_first + o.step + t0) * step_stride;
+    return (scalar*)base + (batch + here()) * batch_stride + (own_channel() + here()) * dim_stride +
+           (row_first + o.step + t0) * step_stride;
   };
   auto row_of = [&](const void* M, i64 batch_stride, i64 group_stride, i64 step_stride) {  // of B or C
     return (const scalar*)M + (batch + here()) * batch_stride + task.ch.group * group_stride + row_first * step_stride;
   };
 #define PLACE(T, t0) place(AT_##T, p.T, p.T##_batch, p.T##_dim, p.T##_step, t0)
 #define ROW(M) row_of(p.M, p.M##_batch, p.M##_group, p.M##_step)
-  if constexpr (RELAY != 0) {
+  if constexpr (RELAY) {
     auto note = [&](int which, const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride) {
-      places[32 * which] = (i64)((const scalar*)base + batch * batch_stride + own_channel() * dim_stride + (row_first + o.step) * step_stride);
+      const i64 at = batch * batch_stride + own_channel() * dim_stride + (row_first + o.step) * step_stride;
+      places[32 * which] = (i64)((const scalar*)base + at);
     };
     auto note_rows = [&](int which, const float* spread) {  // the lane's first piece of the row's first step
-      places[32 * which] = (i64)(spread + (((i64)batch * p.groups + task.ch.group) * p.length + row_first) * STATE_QUADS * 4 + lane * 4);
+      const i64 row = ((i64)batch * p.groups + task.ch.group) * p.length + row_first;
+      places[32 * which] = (i64)(spread + row * STATE_QUADS * 4 + lane * 4);
     };
     note(AT_u, p.u, p.u_batch, p.u_dim, p.u_step), note(AT_delta, p.delta, p.delta_batch, p.delta_dim, p.delta_step);
     if (HAS_Z) note(AT_z, p.z, p.z_batch, p.z_dim, p.z_step);
@@ -333,8 +306,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       }
     }
   };
-  if (RELAY) put_states(rates, A);
-  if (RELAY && turn == 0) put_states(relayed + (group * 32 + lane) * PER, h);
+  if (RELAY) set(rates, A);
+  if (RELAY && turn == 0) set(relayed + (group * 32 + lane) * PER, h);
   if (i < tiles) fetch_tile(0, tile_start(i));
   copies_commit();
   if (RELAY) {
@@ -377,8 +350,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
             for (int t = 0; t < OWN_T; t++)
               if (t >= n.t) step[t] = x[t] = 0.f;
           }
-          tile_write(dt_tile, o.channel + c, o.step, step);
-          tile_write(x_tile, o.channel + c, o.step, x);
+          set(dt_tile + tile_at(o.channel + c, o.step), step);
+          set(x_tile + tile_at(o.channel + c, o.step), x);
         }
       }
       if constexpr (USE_B && !CONST_B && !RELAY) next_B.store(b_tile, B_SCALE);
@@ -388,41 +361,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       if (i + TURNS < tiles) fetch_tile(buffer ^ 1, tile_start(i + TURNS));
       copies_commit();
     }
-    if (RELAY == 2) copies_wait<2>();
     if (BC_TILES > 0 && !RELAY) __syncthreads(); else __syncwarp();
 
     // ---- main loop
-    if constexpr (RELAY != 0) {
+    if constexpr (RELAY) {
       float a[16][PER], x[4], b[PER];
-      states_of(A, rates, 0, 0);
-      // what needs no state: decays; what a state of zero becomes, and what is left of any other
-      float alone[PER], left[PER], total = 0.f;
-#pragma unroll
-      for (int k = 0; k < PER; k++) alone[k] = 0.f;
+      get(A, rates);
 #pragma unroll
       for (int t4 = 0; t4 < 16; t4 += 4) {
         float dt[4];
         four_steps(dt, dt_tile, channel, t4);
-        if (RELAY == 2) four_steps(x, x_tile, channel, t4), total += (dt[0] + dt[1]) + (dt[2] + dt[3]);
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-          if (RELAY == 2) projected<CONST_B>(b, b_tile, t4 + t, s, b_const);
+        for (int t = 0; t < 4; t++)
 #pragma unroll
-          for (int k = 0; k < PER; k++) {
-            a[t4 + t][k] = decay_at(t * PER + k, dt[t], A[k]);
-            if (RELAY == 2) alone[k] = fmaf(a[t4 + t][k], alone[k], x[t] * b[k]);
-          }
-        }
+          for (int k = 0; k < PER; k++) a[t4 + t][k] = decay_at(t * PER + k, dt[t], A[k]);
       }
-      if constexpr (RELAY == 2) {
-#pragma unroll
-        for (int k = 0; k < PER; k++) left[k] = decay_of(total, A[k]);
-      }
-      if (RELAY == 1) copies_wait<2>();
+      copies_wait<2>();
       __syncwarp();
 
       // this warp's turn; what it takes is in registers before it comes, B and x two steps ahead
-      const bool last = i + 1 >= tiles;
       int at = (group * 32 + lane) * PER, next = turn + 1 < TURNS ? warp + 1 : warp + 1 - TURNS;
       keep(at), keep(next);
       float ahead[AHEAD][PER];
@@ -437,36 +394,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       // in a loop, or the assembler would move the decays' exponentials behind the wait
 #pragma unroll 1
       for (int waited = i > 0 ? 0 : 1; waited < 1 + here(); waited++) wait_for_turn(warp);
-      states_of(h, relayed + at, 0, 0);
+      get(h, relayed + at);
       float entering[PER];
 #pragma unroll
       for (int k = 0; k < PER; k++) entering[k] = h[k];
-      bool handed = last;
-      if constexpr (RELAY == 2) {
-        if (!last) {
-          // early, unless an Inf or NaN is about: how far those reach, only the steps themselves tell
-          float leaving[PER], sum = 0.f;
-#pragma unroll
-          for (int k = 0; k < PER; k++) leaving[k] = fmaf(left[k], h[k], alone[k]), sum += leaving[k];
-          put_states(relayed + at, leaving);
-          handed = __all_sync(0xffffffffu, fabsf(sum) < __int_as_float(0x7f800000));
-          if (handed) hand_turn_to(next);
-        }
-        keep_states(t0, entering);
-      }
 #pragma unroll
       for (int t = 0; t < 16; t++) {
 #pragma unroll
         for (int k = 0; k < PER; k++) a[t][k] = h[k] = fmaf(a[t][k], h[k], ahead[t % AHEAD][k]);
         if (t + AHEAD < 16) look_ahead(t + AHEAD);
       }
-      if (!handed) {
-        put_states(relayed + at, h);
+      if (i + 1 < tiles) {
+        set(relayed + at, h);
         hand_turn_to(next);
       }
 
       // what nobody waits for
-      if (RELAY == 1) keep_states(t0, entering);
+      keep_states(t0, entering);
 #pragma unroll
       for (int m = 0; m < 16; m += G) {
         float y[G];
@@ -537,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 #pragma unroll
         for (int c = 0; c < OWN_C; c++) {
           const float skip = HAS_D ? per_channel(p.D + (RELAY ? here() : 0), c) : 0.f;
-          tile_read(v[c], dt_tile, o.channel + c, o.step);
+          get(v[c], dt_tile + tile_at(o.channel + c, o.step));
 #pragma unroll
           for (int t = 0; t < OWN_T; t++)
             if (HAS_D) v[c][t] = fmaf(skip, ru.at(c, t), v[c][t]);
@@ -564,7 +508,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     }
   }
 
-  if constexpr (RELAY != 0) {  // the warp of the row's last tile has its last state
+  if constexpr (RELAY) {  // the warp of the row's last tile has its last state
     if (channel >= task.ch.count - group * PER_WARP || turn != (tiles > 0 ? (tiles - 1) % TURNS : 0)) return;
   } else if (!exists) {
     return;
