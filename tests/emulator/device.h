@@ -76,7 +76,7 @@ struct Fiber {
   bool done;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
-  float handed[6];  // what other lanes read in a shuffle, a vote, a matrix product
+  float handed;  // what other lanes read in a shuffle
 };
 static std::vector<Fiber> fibers;
 static int current, thread_count;
@@ -116,40 +116,17 @@ static void barrier_arrive(int id) { arrive(barrier_of(id), 64, true); }
 
 template <class Read>
 static auto exchange(float v, Read read) {
-  fibers[current].handed[0] = v;
+  fibers[current].handed = v;
   meet();
   const auto r = read(current & ~31);
   meet();
   return r;
 }
 static float __shfl_xor_sync(unsigned, float v, int mask) {
-  return exchange(v, [&](int warp) { return fibers[warp + ((current & 31) ^ mask)].handed[0]; });
+  return exchange(v, [&](int warp) { return fibers[warp + ((current & 31) ^ mask)].handed; });
 }
 static int __shfl_sync(unsigned, int v, int source) {
-  return exchange((float)v, [&](int warp) { return (int)fibers[warp + source].handed[0]; });
-}
-static int __all_sync(unsigned, int v) {
-  return exchange((float)!!v, [](int warp) {
-    int all = 1;
-    for (int i = warp; i < warp + 32; i++) all &= fibers[i].handed[0] != 0.f;
-    return all;
-  });
-}
-// mma.m16n8k8 in tf32: see multiply_add of cuda_backward.cu for who holds what
-static void matrix_product(float4& d, float a0, float a1, float a2, float a3, float2 b) {
-  const float mine[6] = {a0, a1, a2, a3, b.x, b.y};
-  for (int i = 0; i < 6; i++) fibers[current].handed[i] = __uint_as_float(__float_as_uint(mine[i]) & 0xffffe000u);
-  meet();
-  const int warp = current & ~31, row = (current & 31) / 4, pair = current % 4 * 2;
-  float r[4] = {d.x, d.y, d.z, d.w};
-  for (int k = 0; k < 8; k++)
-    for (int c = 0; c < 2; c++) {
-      const float factor = fibers[warp + (pair + c) * 4 + k % 4].handed[4 + k / 4];
-      const float* const a = fibers[warp + row * 4 + k % 4].handed + k / 4 * 2;
-      r[c] += a[0] * factor, r[2 + c] += a[1] * factor;
-    }
-  meet();
-  d = {r[0], r[1], r[2], r[3]};
+  return exchange((float)v, [&](int warp) { return (int)fibers[warp + source].handed; });
 }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------

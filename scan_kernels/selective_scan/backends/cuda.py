@@ -24,7 +24,6 @@ FORWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"
 BACKWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_backward.cu"
 SCAN, LEAVE, ADJOINT = 0, 1, 2  # MODE of cuda_forward.cu
 MOST_TURNS = 15  # warps of a block that can take turns: each waits at a hardware barrier of its own
-EXACT_BELOW = 32  # steps: so short a row does not average out what the tensor cores cut off of its sums over states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +72,11 @@ class Config:
     def own(self) -> int:
         """Elements of a warp's tile that a lane loads and stores."""
         return max(1, self.per_warp * self.tile // 32)
+
+    @property
+    def steps(self) -> int:
+        """Backward: steps of a tile that a lane owns of its channel's."""
+        return max(1, self.tile // self.lanes)
 
     @property
     def channels(self) -> int:
@@ -142,16 +146,14 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     part = _ceil(lines * max(line * item, (line // 2 + 1) * 4 if item == 2 else 0), 16) * 16
     recomputed = problem.checkpoint // config.tile
     slot = (3 + problem.has_z) * part + (config.per_warp * per * config.lanes * 4 if recomputed == 1 else 0)
-    group = 128 * (_ceil(per + 2, 4) * 4 + 2 * per + 2)
-    steps = max(1, min(4, 16 // config.lanes))
-    y = 128 * _ceil(steps * item, 4) if problem.keep_y else 16
-    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 2048 + y + config.groups * group
-    flushed = max(1, variable * per * config.tile // 4) * 512
+    group = 128 * (3 * per + 2) + _ceil(8 * config.per_warp, 16) * 16
+    y = 128 * _ceil(config.steps * item, 4) if problem.keep_y else 16
+    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 512 + y + config.groups * group
     fixed = [config.warps * config.groups * 256 * per if f else 16 for f in (problem.constant_B, problem.constant_C)]
     enter = recomputed * config.warps * config.groups * 128 * per if recomputed > 1 else 16
     early = 8 * rows * (config.warps if recomputed > 1 else 1)
     moved = variable * 4 * (projection + raw) + (2 - variable) * 32
-    return moved + 80 + 1024 + config.warps * (flushed + warp) + sum(fixed) + enter + early
+    return moved + 80 + config.warps * warp + sum(fixed) + enter + early
 
 
 def _valid(problem: Problem, device: Any, config: Config) -> bool:
@@ -253,20 +255,19 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     lanes = min(32, max(4, _power_of_two(_ceil(problem.state, 2))))
     tile = 32 // max(2, _power_of_two(_ceil(problem.state, lanes)))
-    two_parts = problem.dtype != "bfloat16" or problem.length < EXACT_BELOW
-    if two_parts and device.arch not in ("sm_80", "sm_86", "sm_89", "sm_90") and lanes < 32:
+    if problem.dtype != "bfloat16" and device.arch not in ("sm_80", "sm_86", "sm_89", "sm_90") and lanes < 32:
         lanes *= 2  # with two states a lane, products in two parts take more registers than ptxas finds from 10.0 on
     per_group = problem.dim // problem.groups
     found = []
-    for warps, blocks in ((4, 2), (8, 1), (2, 4), (1, 8)):
-        for groups in (8, 4, 2, 1):
+    for warps, blocks in ((1, 8), (2, 4), (4, 2), (8, 1)):
+        for groups in (16, 8, 4, 2, 1):
             base = Config(lanes, warps, tile, blocks, groups=groups)
             if base.channels >= 2 * per_group and groups > 1:
                 continue  # half of the block's channels would not exist
             if groups > 1 and blocks * (shared_bytes(problem, base) + 1024) > device.shared_memory + 1024:
                 continue
             count = _block_count(problem, base)
-            fits = max(1, min(blocks, device.shared_memory // (shared_bytes(problem, base) + 1024)))
+            fits = max(1, min(blocks, (device.shared_memory + 1024) // (shared_bytes(problem, base) + 1024)))
             for splits, chain in _backward_splits(problem, count, device.units * fits):
                 found.append(dataclasses.replace(base, splits=splits, chain=chain))
     return found
@@ -417,7 +418,6 @@ def variants(
         more = {
             "CHAIN": config.chain if _spans(problem, config)[0] > 1 else 0,
             "PARTIALS": int(problem.deterministic),
-            "EXACT_SUMS": int(problem.length < EXACT_BELOW),
         }
     shared = shared_bytes(problem, config)
     if problem.direction == "backward":
@@ -591,7 +591,7 @@ def prepare_backward(
         for name in SUMS:
             if (total := getattr(gradients, name)) is not None:
                 variable = name in ("dB", "dC") and total.ndim == 4
-                parts[name] = (blocks // problem.groups if variable else slots, *total.shape)
+                parts[name] = (blocks // problem.groups * config.warps if variable else slots, *total.shape)
                 if variable:
                     sizes["bc_partial"] = total.numel()
     count = blocks * slots

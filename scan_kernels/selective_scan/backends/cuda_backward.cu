@@ -35,19 +35,11 @@ constexpr int SUBTILES = CHECKPOINT / T;
 constexpr bool SUM_Y = HAS_Z && !KEEP_Y;                    // y = C h + D u is computed anew
 constexpr int RING = 4;                                     // items in flight, and the one at hand
 constexpr int STRIDE = WARPS * PER_WARP;                    // channels between a warp's groups
-// The tensor cores keep 11 bits, enough for bfloat16 data unless a row is so short that EXACT_SUMS is set.
-constexpr bool TWO_PARTS = DTYPE != 1 || EXACT_SUMS;
-constexpr bool LOAD_AHEAD = !TWO_PARTS && !CONST_B && !CONST_C;  // where registers allow
+constexpr bool LOAD_AHEAD = DTYPE == 1 && !CONST_B && !CONST_C;  // where registers allow
 constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow more
-constexpr float TRUNCATED = TWO_PARTS ? 1.f : 1.000352f;    // undoes the mean of what they cut off
 static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT % T == 0 && SUBTILES > 0, "invalid configuration");
 
-// The steps that a lane owns of its channel's: those whose sums the tensor cores and `merge` leave it with.
-constexpr int STEPS = LANES == 4 ? 4 : LANES == 8 ? 2 : 1;
-DEVICE int own_step(int lane) {
-  return lane % 4 * 4 + (LANES == 8 ? (lane >> 2 & 1) * 2 : LANES >= 16 ? (lane >> 2 & 1) * 2 + (lane >> 3 & 1) : 0);
-}
-DEVICE bool owns_steps(int lane) { return lane % 4 * 4 < T && (LANES < 32 || lane < 16); }
+constexpr int STEPS = LANES < T ? T / LANES : 1;            // that a lane owns of its channel's, from s STEPS on
 
 // Add (or, for partial sums, store) four neighbours of which `count` exist.
 DEVICE void deposit(float* to, float4 v, int count) {
@@ -94,10 +86,10 @@ constexpr int LINE_BYTES = PIECES * COPY;
 constexpr int PART_BYTES = (LINES * LINE_BYTES + 15) / 16 * 16;
 constexpr int COPIES = PARTS * LINES * PIECES, ROUNDS = (COPIES + 31) / 32;
 // rounds whose addresses are kept, not computed anew: where registers allow (from 10.0 on, ptxas needs more of them)
-constexpr int MOST_KEPT = TWO_PARTS && (SUBTILES > 1 || __CUDA_ARCH__ >= 1000) ? 1 : 2;
+constexpr int MOST_KEPT = DTYPE != 1 && (SUBTILES > 1 || __CUDA_ARCH__ >= 1000) ? 1 : 2;
 constexpr int KEPT_ROUNDS = ROUNDS <= MOST_KEPT && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;
 constexpr int KEPT_COPY = STATE % 4 == 0 && PER_WARP * STATE >= 128 ? 16 : STATE % 2 == 0 ? 8 : 4;
-constexpr int KEPT_PIECES = STATE * 4 / KEPT_COPY;
+constexpr int KEPT_PIECES = STATE * 4 / KEPT_COPY, KEPT_STEPS = (PER_WARP * KEPT_PIECES + 31) / 32;
 constexpr int KEPT_BYTES = SUBTILES == 1 ? PER_WARP * STATES * 4 : 0;
 constexpr int SLOT_BYTES = PARTS * PART_BYTES + KEPT_BYTES;
 
@@ -202,75 +194,80 @@ typedef Projection<C_AXIS, C_ALIGNED> Projection_C;
 
 // ---- sums over states -----------------------------------------------------------------------------------------------
 
-// d += a x b on the tensor cores, in tf32: a is 16 x 8 (of a lane: row lane/4 and that plus 8, column lane%4 and that
-// plus 4), b 8 x 8, d 16 x 8 (row lane/4 and that plus 8, columns lane%4*2 and the next).
-DEVICE void multiply_add(float4& d, float a0, float a1, float a2, float a3, float2 b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w)
-      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-        "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
+// Where two halves of some steps meet, a lane keeps one and hands the other on to the lane across a bit of its number, the
+// lower half if the bit is set. What it then has of the half that it keeps:
+DEVICE float joined(float lower, float upper, int lane, int bit) {
+  const float hand = lane & bit ? lower : upper, own = lane & bit ? upper : lower;
+  return own + __shfl_xor_sync(0xffffffffu, hand, bit);
 }
-// Sum four values, upper and lower of two steps, over four neighbouring lanes. b is 1 in the columns 2q and 2q + 1 that
-// take the first and the second step: of quad q, lane q of the four is left with them, upper (x, y) and lower (z, w).
-DEVICE void sum_lanes(float4& sums, float upper0, float upper1, float lower0, float lower1, float2 b) {
-  multiply_add(sums, upper0, lower0, upper1, lower1, b);
-  if constexpr (TWO_PARTS) {
-    auto rest = [](float v) { return v - __uint_as_float(__float_as_uint(v) & 0xffffe000u); };
-    multiply_add(sums, rest(upper0), rest(lower0), rest(upper1), rest(lower1), b);
+// Sums of a channel's T steps over its lanes, spread over them: slice s is left with its own steps.
+struct Spread {
+  static constexpr int LEFT = STEPS < 4 ? STEPS : 4;  // steps of a quad that are left of it
+  float of[QUADS][LEFT];                              // of quad q, then of all quads from q on that have been joined
+
+  DEVICE void join(int q, int other, int lane, int bit) {
+#pragma unroll
+    for (int i = 0; i < LEFT; i++) of[q][i] = joined(of[q][i], of[other % QUADS][i], lane, bit);
   }
-}
-// Of four steps' sums, each over four of the LANES lanes of a channel: the whole sums of the steps that the lane owns.
-DEVICE void merge(float (&v)[STEPS], const float (&part)[4], int lane) {
-  if constexpr (LANES == 4) {
+  DEVICE void add(int q, const float (&v)[4], int lane) {  // quad q, after q + 1
+    if (LEFT == 4) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = part[i];
-  } else {
-    const bool upper = lane & 4, second = lane & 8;
-    float pair[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      pair[i] = (upper ? part[2 + i] : part[i]) + __shfl_xor_sync(0xffffffffu, upper ? part[i] : part[2 + i], 4);
-    if constexpr (LANES == 8) {
-      v[0] = pair[0], v[STEPS - 1] = pair[1];
+      for (int i = 0; i < LEFT; i++) of[q][i] = v[i];
     } else {
-      v[0] = (second ? pair[1] : pair[0]) + __shfl_xor_sync(0xffffffffu, second ? pair[0] : pair[1], 8);
-      if constexpr (LANES == 32) v[0] += __shfl_xor_sync(0xffffffffu, v[0], 16);
+      const float first = joined(v[0], v[2], lane, 2 / STEPS), second = joined(v[1], v[3], lane, 2 / STEPS);
+      if (LEFT == 2) of[q][0] = first, of[q][LEFT - 1] = second;
+      else of[q][0] = joined(first, second, lane, 1);
     }
+    if (T >= 8 && q % 2 == 0) join(q, q + 1, lane, 4 / STEPS);
+    if (T >= 16 && q == 0) join(0, 2, lane, 8 / STEPS);
+    if (q == 0)
+#pragma unroll
+      for (int bit = T; bit < LANES; bit <<= 1) of[0][0] += __shfl_xor_sync(0xffffffffu, of[0][0], bit);
+  }
+  DEVICE float own(int i) const { return of[0][i]; }
+};
+// Sums of T steps over a warp's channels, spread over them: a channel is left with SHARE steps from own_share on, or
+// shares one with ALIKE - 1 others.
+constexpr int SHARE = T > PER_WARP ? T / PER_WARP : 1, ALIKE = PER_WARP > T ? PER_WARP / T : 1;
+DEVICE int own_share(int channel) { return channel / ALIKE * SHARE; }
+template <int N = T, int BIT = 16>
+DEVICE void sum_channels(float (&v)[T], int lane) {
+  if constexpr (BIT >= LANES) {
+    if constexpr (N > 1) {
+#pragma unroll
+      for (int i = 0; i < N / 2; i++) v[i] = joined(v[i], v[N / 2 + i], lane, BIT);
+    } else {
+      v[0] += __shfl_xor_sync(0xffffffffu, v[0], BIT);
+    }
+    sum_channels<(N > 1 ? N / 2 : 1), BIT / 2>(v, lane);
   }
 }
-template <int VALUE>
-struct Number {
-  static constexpr int value = VALUE;
-};
-DEVICE bool is_finite(float v) { return fabsf(v) < 3.4e38f; }
+
+DEVICE void sync_block() {
+  if constexpr (WARPS == 1) __syncwarp(); else __syncthreads();
+}
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 enum { ROW_DT, ROW_X, ROW_DY, ROW_U, ROW_SLOPE, ROW_GATE };  // Δ log2(e); Δu; dout silu(z); u; dΔ/draw; dout silu'(z)
 constexpr int ROWS = 5 + HAS_Z;
-constexpr int FLUSHED = (2 - CONST_B - CONST_C) * PER * QUADS;  // vectors of four steps that a lane holds of dB, dC
-constexpr int FIXED = (PER + 2 + 3) / 4 * 4;
-enum { NEXT_BIAS = PER, LAST_SKIP };     // behind A: delta_bias of the next group's channel, D of the last one's
 struct alignas(16) Group {               // what a warp keeps of a group of channels
-  float fixed[32][FIXED];
   float carried[32][2 * PER];            // g between tiles, sum of dA
+  float A[32][PER];
   float2 sums[32];                       // of dD, ddelta_bias
+  float2 near[PER_WARP];                 // delta_bias of the next group's channel, D of the last one's
 };
 struct Warp {
   float elements[2][ROWS][PER_WARP][T];  // of the item at hand, and of the one before or after
   unsigned char ring[RING][SLOT_BYTES];
-  // bytes from a lane's pieces of an item to those of the next, of inputs and of kept states: 0 over to the next group,
-  // 1 back to the next tile
+  float *to_dB[32], *to_dC[32];          // where the lane's share of a tile's dB and dC goes, of the span's first tile
   u32 y[KEEP_Y ? 32 : 1][(STEPS * ITEM + 3) / 4];  // of the lane's steps of the item at hand
-  struct alignas(16) Jump { i64 inputs; int kept; } jumps[KEPT_ROUNDS > 1 ? 2 : 1][2][32];
   Group groups[GROUPS];
 };
 struct Shared {
   Task task;
   float B[CONST_B ? 4 : BC_FLOATS], C[CONST_C ? 4 : BC_FLOATS];
   u32 raw_B[CONST_B ? 4 : Projection_B::THREAD_WORDS], raw_C[CONST_C ? 4 : Projection_C::THREAD_WORDS];
-  float2 pattern[4][32];
-  float4 flushed[WARPS][FLUSHED ? FLUSHED : 1][32];
   Warp warps[WARPS];
   // constant B, C and the sums of their gradients; the states that enter a kept span's tiles, and a tile's dt, x
   float fixed_B[CONST_B ? WARPS * GROUPS : 1][2][CONST_B ? 32 : 1][CONST_B ? PER : 2];
@@ -286,11 +283,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   int lane = (int)threadIdx.x & 31;
   keep(lane);
   const int tid = (int)threadIdx.x, warp = __shfl_sync(0xffffffffu, tid >> 5, 0), s = lane % LANES, channel = lane / LANES;
-  const bool owns = owns_steps(lane);
-  const int step = owns ? own_step(lane) : 0;
+  const bool owns = s * STEPS < T;
+  const int step = owns ? s * STEPS : 0;
   Warp& mine = shared.warps[warp];
-  if (warp == 0)
-    for (int quad = 0; quad < 4; quad++) shared.pattern[quad][lane] = make_float2(lane / 4 == 2 * quad ? 1.f : 0.f, lane / 4 == 2 * quad + 1 ? 1.f : 0.f);
   // An address within `mine` that, where registers allow, is not computed anew at each use.
   auto pinned = [&](const void* at) {
     int offset = (int)((const unsigned char*)at - memory);
@@ -299,12 +294,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   };
   if (STATES != STATE)  // what is never copied there
     for (int i = lane; i < RING * SLOT_BYTES / 4; i += 32) ((u32*)mine.ring)[i] = 0u;
-  __syncthreads();
+  sync_block();
 
   Task& task = shared.task;
 #if CHAIN
   for (;;) {
-    __syncthreads();  // nobody needs the last task any more
+    sync_block();  // nobody needs the last task any more
     if (tid == 0) {
       const i64 pairs = p.rows * p.blocks, turn = atomicAdd((int*)p.tickets, 1), order = turn / pairs, pair = turn - order * pairs;
       task.there = order < p.splits;
@@ -328,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       task.there = locate(p, task.slot, task.w);
       task.ch = channels(p, task.block);
     }
-    __syncthreads();
+    sync_block();
     if (!task.there) return;
     const Span& w = task.w;
     const Channels& ch = task.ch;
@@ -359,13 +354,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         fixed[1][k] = CONST_C && real ? ((const float*)p.C)[at] : 0.f;
       }
       const float none[PER] = {};
-      set(mine.groups[c].carried[lane], g), set(mine.groups[c].fixed[lane], A);
-      mine.groups[c == 0 ? groups - 1 : c - 1].fixed[lane][NEXT_BIAS] = HAS_BIAS && there ? p.delta_bias[d] : 0.f;
-      mine.groups[c == groups - 1 ? 0 : c + 1].fixed[lane][LAST_SKIP] = HAS_D && there ? p.D[d] : 0.f;
+      set(mine.groups[c].carried[lane], g), set(mine.groups[c].A[lane], A);
+      if (s == 0) {
+        mine.groups[c == 0 ? groups - 1 : c - 1].near[channel].x = HAS_BIAS && there ? p.delta_bias[d] : 0.f;
+        mine.groups[c == groups - 1 ? 0 : c + 1].near[channel].y = HAS_D && there ? p.D[d] : 0.f;
+      }
       if constexpr (CONST_B) set(shared.fixed_B[warp * GROUPS + c][0][lane], fixed[0]), set(shared.fixed_B[warp * GROUPS + c][1][lane], none);
       if constexpr (CONST_C) set(shared.fixed_C[warp * GROUPS + c][0][lane], fixed[1]), set(shared.fixed_C[warp * GROUPS + c][1][lane], none);
       mine.groups[c].sums[lane] = make_float2(0.f, 0.f);
     }
+
+    const i64 bc_first = PARTIALS ? ((i64)(task.block % (p.blocks / p.groups)) * WARPS + warp) * p.bc_partial : 0;
+    const i64 bc_own = bc_first + (((i64)batch() * p.groups + ch.group) * STATE + s * PER) * p.length + w.first + w.begin + own_share(channel);
+    if (!CONST_B) mine.to_dB[lane] = p.dB + bc_own;
+    if (!CONST_C) mine.to_dC[lane] = p.dC + bc_own;
 
     // ---- moving inputs
     auto address = [&](int part, int first_channel, int line, int t0) {  // of a line
@@ -443,14 +445,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           e.dy[i] *= silu;
         }
         const StepSize size = step_size(e.dt[i], e.slope[i]);
-        e.slope[i] = step_slope(e.dt[i], e.slope[i], DTYPE == 0 ? 1.f : LOG2E * TRUNCATED);
+        e.slope[i] = step_slope(e.dt[i], e.slope[i], DTYPE == 0 ? 1.f : LOG2E);
         e.dt[i] = size.dt, e.factor[i] = size.factor;
       }
     };
-    auto stage_tail = [&](Elements& e, int tile) {  // what does not exist leaves h and g alone
+    auto stage_tail = [&](Elements& e, int left) {  // what does not exist leaves h and g alone
 #pragma unroll
-      for (int i = 0; i < STEPS; i++)
-        if (i >= steps - tile * T - step) e.dt[i] = e.factor[i] = e.slope[i] = 0.f;
+      for (int i = 0; i < STEPS; i++)  // rows end with whole vectors
+        if (left <= (ALIGNED && !DIM_LAYOUT ? 0 : i)) e.dt[i] = e.factor[i] = e.slope[i] = 0.f;
     };
     auto put = [&](float* to, const Elements& e) {  // a lane's own elements
       if (!owns) return;
@@ -463,8 +465,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     };
 
     // ---- the end of an item
-    struct Sums {  // over states: quads' first and second pair of steps of Σ G B (x, y) and Σ A g h' (z, w); Σ C h
-      float4 first, second, y;
+    struct Sums {  // over states: Σ G B, Σ A g h', Σ C h
+      Spread gb, ga, y;
     } sums = {};
     // where this lane's steps of that item lie in du, and how many there are; likewise in ddelta and dz
     char* out_at = nullptr;
@@ -490,17 +492,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
       }
     };
-    struct Ending {
-      float gb[STEPS], ga[STEPS], y[STEPS];
-    };
-    auto finish_begin = [&](Ending& e) {
-      merge(e.gb, {sums.first.x, sums.first.y, sums.second.x, sums.second.y}, lane);
-      merge(e.ga, {sums.first.z, sums.first.w, sums.second.z, sums.second.w}, lane);
-      if (SUM_Y) merge(e.y, {sums.y.x, sums.y.y, sums.y.z, sums.y.w}, lane);
-    };
-    auto finish_end = [&](Ending& e, const float* from, float skip, float2& so_far) {  // from: a lane's own elements
+    auto finish = [&](const float* from, float skip, float2& so_far) {  // from: a lane's own elements
       float dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
-      auto& [gb, ga, y] = e;
+      float gb[STEPS], ga[STEPS], y[STEPS];
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) gb[i] = sums.gb.own(i), ga[i] = sums.ga.own(i), y[i] = sums.y.own(i);
       get(dt, from + ROW_DT * PER_WARP * T), get(dy, from + ROW_DY * PER_WARP * T), get(u, from + ROW_U * PER_WARP * T);
       get(slope, from + ROW_SLOPE * PER_WARP * T);
       if (HAS_Z) get(gate, from + ROW_GATE * PER_WARP * T);
@@ -513,10 +509,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
-        if (SUM_Y) y[i] = HAS_D ? fmaf(skip, u[i], y[i] * TRUNCATED) : y[i] * TRUNCATED;
-        if (HAS_Z) y[i] *= gate[i];                                                                    // now dz
-        ga[i] = fmaf(u[i], gb[i], ga[i] * (DTYPE == 0 ? 1.f : LN2)) * slope[i];                       // now ddelta
-        gb[i] *= dt[i] * (DTYPE == 0 ? LN2 : TRUNCATED);                                              // now du
+        if (SUM_Y && HAS_D) y[i] = fmaf(skip, u[i], y[i]);
+        if (HAS_Z) y[i] *= gate[i];                                              // now dz
+        ga[i] = fmaf(u[i], gb[i], ga[i] * (DTYPE == 0 ? 1.f : LN2)) * slope[i];  // now ddelta
+        gb[i] *= dt[i] * (DTYPE == 0 ? LN2 : 1.f);                               // now du
         if (HAS_D) gb[i] = fmaf(skip, dy[i], gb[i]), total.x = fmaf(dy[i], u[i], total.x);
         if (HAS_BIAS) total.y += ga[i];  // slope is 0 where nothing exists
       }
@@ -544,7 +540,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       float* const x_row = shared.early[warp][1][channel];
 #pragma unroll 1
       for (int r = 0; r < top; r++) {
-        __syncthreads();
+        sync_block();
         if constexpr (!CONST_B) {
           typedef Projection<B_AXIS, 0> Now;
           const int t0 = w.begin + (base + r) * T;
@@ -561,10 +557,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           }
         };
         load(0);
-        __syncthreads();
+        sync_block();
 #pragma unroll 1
         for (int c = 0; c < groups; c++) {
-          const float bias = mine.groups[c == 0 ? groups - 1 : c - 1].fixed[lane][NEXT_BIAS];
+          const float bias = mine.groups[c == 0 ? groups - 1 : c - 1].near[channel].x;
           float dt[STEPS], x[STEPS], h[PER], A[PER];
 #pragma unroll
           for (int i = 0; i < STEPS; i++) {
@@ -574,7 +570,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           if (c + 1 < groups) load(c + 1);
           __syncwarp();
           if (owns) set(dt_row + step, dt), set(x_row + step, x);
-          get(h, entering(r, c)), get(A, mine.groups[c].fixed[lane]);
+          get(h, entering(r, c)), get(A, mine.groups[c].A[lane]);
           __syncwarp();
 #pragma unroll
           for (int t4 = 0; t4 < T; t4 += 4) {
@@ -592,76 +588,71 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           set(entering(r + 1, c), h);
         }
       }
-      __syncthreads();
+      sync_block();
     };
 #endif
 
     // ---- the walk
-    const int whole_tiles = steps / T;
     int ahead_tile = tiles - 1, ahead_c = 0;  // the item to be copied next
-    int simple_tiles = count == groups * STRIDE ? whole_tiles : 0;  // where all channels and steps exist
-    if (ROOMY) keep(simple_tiles);
-    const char* ahead_from[KEPT_ROUNDS ? KEPT_ROUNDS : 1];    // this lane's pieces of it
-    const char* ahead_kept = (const char*)(p.states + ((w.states + w.begin / CHECKPOINT + ahead_tile) * p.dim + ch.first + within(0)) * STATE) + lane * KEPT_COPY;
-    if constexpr (KEPT_ROUNDS > 0) {
+    // Where the lane's pieces of the item to be copied next lie, of inputs and of kept states; what leads over to the next
+    // group's and back to the next tile's first; and which of them exist: of tiles and groups, those below a limit.
+    const char* ahead_from[KEPT_ROUNDS ? KEPT_ROUNDS : 1];
+    const char* ahead_kept = (const char*)(p.states + ((w.states + w.begin / CHECKPOINT + ahead_tile) * p.dim + ch.first + within(0)) * STATE) +
+                             lane * KEPT_COPY;
+    i64 over[KEPT_ROUNDS ? KEPT_ROUNDS : 1], back[KEPT_ROUNDS ? KEPT_ROUNDS : 1];
+    int tiles_below[KEPT_ROUNDS ? KEPT_ROUNDS : 1], groups_below[KEPT_ROUNDS ? KEPT_ROUNDS : 1], kept_below[KEPT_STEPS];
+    int kept_back = -((int)p.dim + (groups - 1) * STRIDE) * STATE * 4;
+    if (ROOMY) keep(kept_back);
+    auto groups_with = [&](int c) { return (count - within(0) - c + STRIDE - 1) / STRIDE; };  // channel c of theirs
 #pragma unroll
-      for (int r = 0; r < KEPT_ROUNDS; r++) {
-        const int i = lane + r * 32 < COPIES ? lane + r * 32 : 0;
-        const int part = i / (LINES * PIECES), line = i / PIECES % LINES;
-        const char* const from = address(part, within(0), line, ahead_tile * T);
-        ahead_from[r] = from + i % PIECES * COPY;
-        const i64 over = address(part, within(1), line, ahead_tile * T) - from;
-        const i64 back = address(part, within(0), line, (ahead_tile - 1) * T) - from - (groups - 1) * over;
-        const int kept_over = STRIDE * STATE * 4;
-        mine.jumps[r][0][lane].inputs = over, mine.jumps[r][0][lane].kept = kept_over;
-        mine.jumps[r][1][lane].inputs = back, mine.jumps[r][1][lane].kept = -(int)p.dim * STATE * 4 - (groups - 1) * kept_over;
-      }
+    for (int r = 0; r < KEPT_ROUNDS; r++) {
+      const int i = lane + r * 32 < COPIES ? lane + r * 32 : 0;
+      const int part = i / (LINES * PIECES), line = i / PIECES % LINES, piece = i % PIECES, within_line = piece * COPY / ITEM;
+      const char* const from = address(part, within(0), line, ahead_tile * T);
+      ahead_from[r] = from + piece * COPY;
+      over[r] = address(part, within(1), line, ahead_tile * T) - from;
+      back[r] = address(part, within(0), line, (ahead_tile - 1) * T) - from - (groups - 1) * over[r];
+      tiles_below[r] = lane + r * 32 < COPIES ? (steps - (DIM_LAYOUT ? line : within_line) + T - 1) / T : 0;
+      groups_below[r] = groups_with(DIM_LAYOUT ? within_line : line);
+      if (ROOMY) keep(over[r]), keep(back[r]), keep(tiles_below[r]), keep(groups_below[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < KEPT_STEPS; r++) {
+      const int i = lane + r * 32;
+      kept_below[r] = groups_with(i / KEPT_PIECES);
+      if (ROOMY) keep(kept_below[r]);
     }
     // where in the first slot of the ring this lane's pieces go, and its steps and states lie
     unsigned char* const copy_to = pinned(mine.ring[0] + lane * COPY);
     unsigned char* const keep_to = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * KEPT_COPY);
     const unsigned char* const own_raw = pinned(mine.ring[0] + (DIM_LAYOUT ? step * LINE_BYTES + channel * ITEM : channel * LINE_BYTES + step * ITEM));
     const unsigned char* const own_kept = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * PER * 4);
-    const unsigned char* const own_jumps = pinned(&mine.jumps[0][0][lane]);
     auto fetch_next = [&](int slot) {  // slot: where it begins in the ring
       if constexpr (KEPT_ROUNDS == 0) {
         if (ahead_tile >= 0) fetch_item(mine.ring[0] + slot, ahead_tile, ahead_c);
       } else {
-        const int left = steps - ahead_tile * T, live = count - within(ahead_c);
-        auto copy_all = [&](auto copy) {  // copy<WIDTH>(to, from, line, piece)
 #pragma unroll
-          for (int r = 0; r < KEPT_ROUNDS; r++) {
-            const int i = lane + r * 32;
-            copy(Number<COPY>(), COPIES % 32 == 0 || i < COPIES, copy_to + slot + r * 32 * COPY, ahead_from[r],
-                 ahead_tile < 0 ? 0 : bytes_of(i / PIECES % LINES, i % PIECES, left, live));
-          }
-          if constexpr (SUBTILES == 1) {
+        for (int r = 0; r < KEPT_ROUNDS; r++)
+          if (COPIES % 32 == 0 || lane + r * 32 < COPIES)
+            copy_async_or_zero<COPY>((unsigned)ahead_tile < (unsigned)tiles_below[r] && ahead_c < groups_below[r],
+                                     copy_to + slot + r * 32 * COPY, ahead_from[r]);
+        if constexpr (SUBTILES == 1) {
 #pragma unroll
-            for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
-              const int i = lane + r * 32, line = i / KEPT_PIECES;
-              unsigned char* const kept = STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY
-                                                          : mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
-              copy(Number<KEPT_COPY>(), PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES, kept,
-                   ahead_kept + r * 32 * KEPT_COPY, line < live && ahead_tile >= 0 ? KEPT_COPY : 0);
-            }
+          for (int r = 0; r < KEPT_STEPS; r++) {
+            const int i = lane + r * 32, line = i / KEPT_PIECES;
+            unsigned char* const to = STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY
+                                                      : mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
+            if (PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES)
+              copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r], to, ahead_kept + r * 32 * KEPT_COPY);
           }
-        };
-        if ((unsigned)ahead_tile < (unsigned)simple_tiles)
-          copy_all([](auto width, bool mine, void* to, const void* from, int) { copy_async_if<decltype(width)::value>(mine, to, from); });
-        else
-          copy_all([](auto width, bool mine, void* to, const void* from, int bytes) {
-            if (mine) copy_async<decltype(width)::value>(to, from, bytes);
-          });
+        }
       }
       copies_commit();
       const bool wrap = ++ahead_c == groups;
 #pragma unroll
-      for (int r = 0; r < KEPT_ROUNDS; r++) {
-        const auto jump = *(const Warp::Jump*)(own_jumps + (wrap ? sizeof(mine.jumps[0][0]) : 0) + r * sizeof(mine.jumps[0]));
-        ahead_from[r] += jump.inputs;
-        if (r == 0) ahead_kept += jump.kept;
-      }
-      if (wrap) ahead_c = 0, ahead_tile--;
+      for (int r = 0; r < KEPT_ROUNDS; r++) ahead_from[r] += wrap ? back[r] : over[r];
+      ahead_kept += wrap ? kept_back : STRIDE * STATE * 4;
+      ahead_c = wrap ? 0 : ahead_c, ahead_tile -= wrap;
     };
     // the item at hand: its slot of the ring and the one before, its elements and those of the item before or after
     constexpr int HALF = ROWS * PER_WARP * T;
@@ -677,7 +668,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       copies_wait<RING - 2>();
       __syncwarp();
       Elements e;
-      stage_begin(e, own_raw, mine.groups[groups - 1].fixed[lane][NEXT_BIAS], tiles - 1, 0), stage_end(e), stage_tail(e, tiles - 1);
+      stage_begin(e, own_raw, mine.groups[groups - 1].near[channel].x, tiles - 1, 0), stage_end(e);
+      stage_tail(e, steps - (tiles - 1) * T - step);
       put(own_elements, e);
       for (int i = lane; i < HALF; i += 32) (&mine.elements[1][0][0][0])[i] = 0.f;  // finished first, to be overwritten
     }
@@ -688,11 +680,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #endif
       copies_wait<0>();
       store_bc(tile);
-      __syncthreads();
+      sync_block();
       if (tile > 0) fetch_bc(tile - 1);
       int left = steps - tile * T - step;
       if (ROOMY) keep(left);
-      const bool ragged = tile >= whole_tiles;
 
       float sum_B[PER][T], sum_C[PER][T];  // dB and dC
 #pragma unroll
@@ -714,16 +705,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                                                 : shared.enter[SUBTILES > 1 ? (tile % SUBTILES * WARPS + warp) * GROUPS + c : 0][SUBTILES > 1 ? lane : 0];
         last_slot = slot;
         slot = slot == (RING - 1) * SLOT_BYTES ? 0 : slot + SLOT_BYTES;
-        float fixed[FIXED], A[PER], h[PER], b_fixed[PER], c_fixed[PER];
-        get(fixed, group->fixed[lane]), get(h, kept);
-#pragma unroll
-        for (int k = 0; k < PER; k++) A[k] = fixed[k];
+        float A[PER], h[PER], b_fixed[PER], c_fixed[PER];
+        get(A, group->A[lane]), get(h, kept);
+        const float2 near = group->near[channel];
         if constexpr (CONST_B) get(b_fixed, shared.fixed_B[warp * GROUPS + c][0][lane]);
         if constexpr (CONST_C) get(c_fixed, shared.fixed_C[warp * GROUPS + c][0][lane]);
 
         // ---- forward, a quad of steps at a time, each with a part of the other work: the special-function unit, which
         // takes eight times as long as the others, is then busy throughout
-        float decay[PER][T], before[PER][T], dt[2][4], x[2][4], b[2][PER][4];
+        float decay[PER][T], before[PER][T], dt[2][4], x[2][4], b[2][PER][4];  // of two quads
         auto load_quad = [&](int q) {
           get(dt[q % 2], rows + ROW_DT * PER_WARP * T + q * 4), get(x[q % 2], rows + ROW_X * PER_WARP * T + q * 4);
 #pragma unroll
@@ -732,27 +722,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             else four(b[q % 2][k], shared.B, k, q * 4);
           }
         };
-        Ending last;
         Elements next;
         if (LOAD_AHEAD) load_quad(0);
 #pragma unroll
         for (int q = 0; q < QUADS; q++) {
           if (!LOAD_AHEAD) load_quad(q);
           else if (q + 1 < QUADS) load_quad(q + 1);
-          if (q == 0) finish_begin(last);
-          if (q == QUADS / 4) finish_end(last, others, fixed[LAST_SKIP], *last_sums);
+          if (q == 0) finish(others, near.y, *last_sums);
           if (q == QUADS / 2) {
             out_at = out_next, out_next += out_over;
             out_count = c < own_groups ? left : 0;
             if (KEEP_Y) fetch_y(out_at, out_count), copies_commit();
-            stage_begin(next, own_raw + slot, fixed[NEXT_BIAS], c + 1 == groups ? tile - 1 : tile, c + 1 == groups ? 0 : c + 1);
+            stage_begin(next, own_raw + slot, near.x, c + 1 == groups ? tile - 1 : tile, c + 1 == groups ? 0 : c + 1);
           }
           if (q == QUADS * 3 / 4) {
             stage_end(next);
-            if (ragged && c + 1 < groups) {
-              __syncwarp();  // a branch, which costs less than the selects would
-              stage_tail(next, tile);
-            }
+            stage_tail(next, c + 1 == groups ? STEPS : left);  // a further tile has all its steps
           }
 #pragma unroll
           for (int k = 0; k < PER; k++)
@@ -769,20 +754,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         __syncwarp();
 
         // ---- backward
-        float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER], largest = 0.f;
+        float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER];
         get(carried, group->carried[lane]);
 #pragma unroll
-        for (int k = 0; k < PER; k++) g[k] = carried[k], dA[k] = dB_fixed[k] = dC_fixed[k] = 0.f, largest += fabsf(h[k]);
-        sums = {};
+        for (int k = 0; k < PER; k++) g[k] = carried[k], dA[k] = dB_fixed[k] = dC_fixed[k] = 0.f;
 #pragma unroll
         for (int t4 = T - 4; t4 >= 0; t4 -= 4) {
-          float dt[4], x[4], dy[4], b[PER][4], cc[PER][4], gb[4], ga[4], y[4];
-          get(dt, rows + ROW_DT * PER_WARP * T + t4), get(x, rows + ROW_X * PER_WARP * T + t4), get(dy, rows + ROW_DY * PER_WARP * T + t4);
-          const float2 pattern = shared.pattern[t4 / 4][lane];
+          const int q = t4 / 4;
+          float dy[4], cc[PER][4], gb[4], ga[4], y[4];
+          if (q < QUADS - 1) load_quad(q);  // the last is still there
+          get(dy, rows + ROW_DY * PER_WARP * T + t4);
 #pragma unroll
           for (int k = 0; k < PER; k++) {
-            if constexpr (CONST_B) b[k][0] = b[k][1] = b[k][2] = b[k][3] = b_fixed[k];
-            else four(b[k], shared.B, k, t4);
             if constexpr (CONST_C) cc[k][0] = cc[k][1] = cc[k][2] = cc[k][3] = c_fixed[k];
             else four(cc[k], shared.C, k, t4);
           }
@@ -796,59 +779,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
               else sum_C[k][t] = fmaf(dy[j], h[k], sum_C[k][t]);
               h[k] = before[k][t];
               const float adjoint = fmaf(cc[k][j], dy[j], g[k]);
-              gb[j] = k == 0 ? adjoint * b[0][j] : fmaf(adjoint, b[k][j], gb[j]);
-              if constexpr (CONST_B) dB_fixed[k] = fmaf(adjoint, x[j], dB_fixed[k]);
-              else sum_B[k][t] = fmaf(adjoint, x[j], sum_B[k][t]);
+              gb[j] = k == 0 ? adjoint * b[q % 2][0][j] : fmaf(adjoint, b[q % 2][k][j], gb[j]);
+              if constexpr (CONST_B) dB_fixed[k] = fmaf(adjoint, x[q % 2][j], dB_fixed[k]);
+              else sum_B[k][t] = fmaf(adjoint, x[q % 2][j], sum_B[k][t]);
               g[k] = decay[k][t] * adjoint;
               const float through = g[k] * h[k];
               ga[j] = k == 0 ? A[0] * through : fmaf(A[k], through, ga[j]);
-              dA[k] = fmaf(dt[j], through, dA[k]);
+              dA[k] = fmaf(dt[q % 2][j], through, dA[k]);
             }
           }
-          sum_lanes(sums.first, gb[0], gb[1], ga[0], ga[1], pattern);
-          sum_lanes(sums.second, gb[2], gb[3], ga[2], ga[3], pattern);
-          if (SUM_Y) sum_lanes(sums.y, y[0], y[1], y[2], y[3], pattern);
+          sums.gb.add(q, gb, lane), sums.ga.add(q, ga, lane);
+          if (SUM_Y) sums.y.add(q, y, lane);
           if (!ROOMY && t4 > 0) __syncwarp();
-        }
-#pragma unroll
-        for (int k = 0; k < PER; k++) largest += fabsf(g[k]);
-
-        // what is not finite stays so: in h up to the tile's end, in g down to its start
-        if (!__all_sync(0xffffffffu, is_finite(largest))) {
-          sums = {};
-#pragma unroll
-          for (int k = 0; k < PER; k++) g[k] = carried[k];
-#pragma unroll 1
-          for (int t = T - 1; t >= 0; t--) {
-            float gb = 0.f, ga = 0.f, y = 0.f;
-#pragma unroll
-            for (int k = 0; k < PER; k++) {
-              const float* const b_line = shared.B + (k * LANES + s) * PITCH;
-              auto b_at = [&](int i) { return CONST_B ? b_fixed[k] : b_line[i]; };
-              float from = kept[k], to = from, e = 1.f;
-#pragma unroll 1
-              for (int i = 0; i <= t; i++) {
-                from = to, e = decay_of(rows[ROW_DT * PER_WARP * T + i], A[k]);
-                to = fmaf(e, from, rows[ROW_X * PER_WARP * T + i] * b_at(i));
-              }
-              const float cc = CONST_C ? c_fixed[k] : shared.C[(k * LANES + s) * PITCH + t];
-              const float adjoint = fmaf(cc, rows[ROW_DY * PER_WARP * T + t], g[k]);
-              g[k] = e * adjoint;
-              gb = fmaf(adjoint, b_at(t), gb), ga = fmaf(A[k], g[k] * from, ga);
-              if (SUM_Y) y = fmaf(cc, to, y);
-            }
-#pragma unroll
-            for (int m = 1; m < LANES; m <<= 1) {
-              gb += __shfl_xor_sync(0xffffffffu, gb, m), ga += __shfl_xor_sync(0xffffffffu, ga, m);
-              if (SUM_Y) y += __shfl_xor_sync(0xffffffffu, y, m);
-            }
-            if (owns && t >= step && t < step + STEPS) {
-              if (t % 4 == 0) sums.first.x = gb, sums.first.z = ga, sums.y.x = y;
-              if (t % 4 == 1) sums.first.y = gb, sums.first.w = ga, sums.y.y = y;
-              if (t % 4 == 2) sums.second.x = gb, sums.second.z = ga, sums.y.z = y;
-              if (t % 4 == 3) sums.second.y = gb, sums.second.w = ga, sums.y.w = y;
-            }
-          }
         }
 #pragma unroll
         for (int k = 0; k < PER; k++) carried[k] = g[k], carried[PER + k] += dA[k];  // a tile at a time: long sums lose less
@@ -867,47 +809,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         last_sums = &group->sums[lane];
       }
 
-      // ---- dB and dC of the tile: summed over the block's channels, then to device memory
-      if constexpr (FLUSHED > 0) {
+      // ---- dB and dC of the tile: summed over the warp's channels, then to device memory
+      auto leave = [&](float (&sum)[PER][T], float* to, float scale) {
 #pragma unroll
-        for (int k = 0; k < PER; k++)
+        for (int k = 0; k < PER; k++) {
+          sum_channels(sum[k], lane);
+          const int count = s * PER + k < STATE && channel % ALIKE == 0 ? steps - tile * T - own_share(channel) : 0;
+          float* const at = to + k * p.length + tile * T;
 #pragma unroll
-          for (int q = 0; q < QUADS; q++) {
-            if constexpr (!CONST_B)
-              shared.flushed[warp][k * QUADS + q][lane] = make_float4(sum_B[k][4 * q], sum_B[k][4 * q + 1], sum_B[k][4 * q + 2], sum_B[k][4 * q + 3]);
-            if constexpr (!CONST_C)
-              shared.flushed[warp][(CONST_B ? 0 : PER * QUADS) + k * QUADS + q][lane] =
-                  make_float4(sum_C[k][4 * q], sum_C[k][4 * q + 1], sum_C[k][4 * q + 2], sum_C[k][4 * q + 3]);
+          for (int i = 0; i < SHARE; i += 4) {
+            float v[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[j] = i + j < SHARE ? sum[k][i + j < SHARE ? i + j : 0] * scale : 0.f;
+            deposit(at + i, make_float4(v[0], v[1], v[2], v[3]), count - i < SHARE - i ? count - i : SHARE - i);
           }
-      }
-      __syncthreads();  // and nobody needs B and C any more
-#pragma unroll 1
-      for (int i = tid; i < FLUSHED * LANES; i += THREADS) {
-        const int j = i / LANES, slice = i % LANES;
-        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-        for (int r = 0; r < WARPS; r++)
-#pragma unroll
-          for (int o = 0; o < PER_WARP; o++) {
-            const float4 a = shared.flushed[r][j][o * LANES + slice];
-            v.x += a.x, v.y += a.y, v.z += a.z, v.w += a.w;
-          }
-        const bool of_C = CONST_B || j >= PER * QUADS;
-        const int n = slice * PER + j / QUADS % PER, t = j % QUADS * 4;
-        const float scale = of_C || DTYPE == 0 ? 1.f : LN2;
-        v = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
-        float* const to = (of_C ? p.dC : p.dB) + (PARTIALS ? task.block % (p.blocks / p.groups) * p.bc_partial : 0) +
-                          (((i64)batch() * p.groups + ch.group) * STATE + n) * p.length + w.first + w.begin + tile * T + t;
-        deposit(to, v, n < STATE ? steps - tile * T - t : 0);
-      }
+        }
+      };
+      if constexpr (!CONST_B) leave(sum_B, mine.to_dB[lane], DTYPE == 0 ? 1.f : LN2);
+      if constexpr (!CONST_C) leave(sum_C, mine.to_dC[lane], 1.f);
+      sync_block();  // nobody needs B and C any more
     }
 
     // ---- what is summed over the whole span
     if (tiles > 0) {
       copies_wait<0>();
       __syncwarp();
-      Ending last;
-      finish_begin(last), finish_end(last, own_elements + (HALF - half), mine.groups[0].fixed[lane][LAST_SKIP], mine.groups[groups - 1].sums[lane]);
+      finish(own_elements + (HALF - half), mine.groups[0].near[channel].y, mine.groups[groups - 1].sums[lane]);
     }
     copies_wait<0>();
     const i64 part = PARTIALS ? task.slot * p.dim : 0;
@@ -942,7 +869,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #if CHAIN
     if (w.split > 0) {
       __threadfence();
-      __syncthreads();
+      sync_block();
       int* const ready = (int*)p.tickets + 1 + (task.slot - 1) * p.blocks + task.block;
       if (tid == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(ready), "r"(1) : "memory");
     }

@@ -396,12 +396,13 @@ DEVICE void copy_async(void* to, const void* from, int bytes) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(WIDTH), "r"(bytes) : "memory");
 }
+// Copy if `mine`, else write zeros and read nothing.
 template <int WIDTH>
-DEVICE void copy_async_if(bool mine, void* to, const void* from) {
+DEVICE void copy_async_or_zero(bool mine, void* to, const void* from) {
   if constexpr (WIDTH == 16)
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(shared_address(to)), "l"(from), "r"((int)mine) : "memory");
+    asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p;}" ::"r"(shared_address(to)), "l"(from), "r"((int)mine) : "memory");
   else
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], %3;}" ::"r"(shared_address(to)), "l"(from), "r"((int)mine), "n"(WIDTH) : "memory");
+    asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, p;}" ::"r"(shared_address(to)), "l"(from), "r"((int)mine), "n"(WIDTH) : "memory");
 }
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
