@@ -20,7 +20,7 @@ from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, K
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 SMALL = Case("emulated", batch=1, dim=24, length=100, initial_state=True)
-FORWARD, BACKWARD = Config(4, 1, 16), Config(8, 4, 16, 2, groups=2)
+FORWARD, BACKWARD = Config(4, 1, 16), Config(8, 4, 16, 2, groups=2, relay=1)
 
 
 def right(case: Case, *configs, **fields) -> bool:
@@ -70,7 +70,8 @@ CASES = {
     "backward fp32": (FORWARD, BACKWARD, {"dim": 40}),
     "backward dim": (FORWARD, BACKWARD, {"dtype": "float16", "layout": "dim", "dim": 40}),
     "backward cut": (FORWARD, dataclasses.replace(BACKWARD, splits=3), {"dtype": "bfloat16", "length": 128}),
-    "backward chained": (FORWARD, dataclasses.replace(BACKWARD, splits=3, chain=1), {"dtype": "bfloat16"}),
+    "backward of one warp": (FORWARD, dataclasses.replace(BACKWARD, warps=1, groups=5), {"dtype": "bfloat16"}),
+    "backward of idle warps": (FORWARD, dataclasses.replace(BACKWARD, warps=8, groups=1), {"dtype": "bfloat16", "length": 77}),
 }
 
 

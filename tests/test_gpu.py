@@ -42,25 +42,25 @@ def test_case(case, backend):
     assert not failures, failures
 
 
-FORWARD, BACKWARD = Config(2, 4, 32), Config(8, 4, 16, 2, groups=2)
+FORWARD, BACKWARD = Config(2, 4, 32), Config(8, 4, 16, 2, groups=2, relay=1)
 SPLIT = {
     "forward-split": {
         "forward": Config(4, 4, 32, splits=4, polynomial=4),
         "backward": dataclasses.replace(BACKWARD, splits=3),
     },
-    "chained": {
+    "more-warps-than-groups": {
         "forward": dataclasses.replace(FORWARD, blocks=3),
-        "backward": dataclasses.replace(BACKWARD, splits=4, chain=1),
+        "backward": dataclasses.replace(BACKWARD, warps=8, groups=3, splits=4),
     },
-    "few-warps": {"forward": Config(16, 1, 16), "backward": Config(8, 1, 16, groups=8)},
-    "wide": {"forward": Config(4, 8, 32, splits=2), "backward": Config(16, 8, 8, splits=2)},
+    "few-warps": {"forward": Config(16, 1, 16), "backward": dataclasses.replace(BACKWARD, warps=1, groups=8)},
+    "wide": {"forward": Config(4, 8, 32, splits=2), "backward": Config(16, 8, 8, splits=2, relay=1)},
     "keeps-y": {"forward": dataclasses.replace(FORWARD, keep_y=True), "backward": BACKWARD},
     "keeps-y-and-few-states": {
         "forward": dataclasses.replace(FORWARD, keep_y=True, checkpoint=64, splits=2),
         "backward": dataclasses.replace(BACKWARD, splits=2),
     },
     "keeps-few-states": {"forward": dataclasses.replace(FORWARD, checkpoint=32), "backward": BACKWARD},
-    "few-lanes": {"forward": Config(1, 2, 16), "backward": Config(4, 2, 8, splits=2, groups=4)},
+    "few-lanes": {"forward": Config(1, 2, 16), "backward": Config(4, 2, 8, splits=2, groups=4, relay=1)},
 }
 
 

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <ucontext.h>
 #include <vector>
@@ -113,6 +114,14 @@ static Barrier& barrier_of(int id) {
 }
 static void barrier_sync(int id) { synchronise(barrier_of(id), 64); }
 static void barrier_arrive(int id) { arrive(barrier_of(id), 64, true); }
+static std::map<void*, Barrier> in_memory;  // mbarriers, each for one arrival
+static void turn_begin(void* at) { in_memory[at] = Barrier(); }
+static void turn_pass(void* at) { arrive(in_memory.at(at), 1, true); }
+static void turn_wait(void* at, int odd) {
+  Barrier& b = in_memory.at(at);
+  while (b.turn % 2 == odd) step_aside();
+  races_acquire(&b.released, current);
+}
 
 template <class Read>
 static auto exchange(float v, Read read) {

@@ -24,6 +24,7 @@ FORWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"
 BACKWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_backward.cu"
 SCAN, LEAVE, ADJOINT = 0, 1, 2  # MODE of cuda_forward.cu
 MOST_TURNS = 15  # warps of a block that can take turns: each waits at a hardware barrier of its own
+MOST_GROUPS = 64  # groups of channels of a block, backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,8 @@ class Config:
     tile: int  # time steps of a tile; 4 to 64, a power of two
     blocks: int = 1  # blocks that must fit on a multiprocessor: bounds the registers
     splits: int = 1  # parts of a row's time that run in parallel
-    groups: int = 1  # backward: groups of channels that a warp walks in turn; relay: those of a block
-    chain: int = 0  # backward: 1: parts hand the adjoint on through flags, 0: an extra pass finds it
-    relay: int = 0  # forward: 1: a group's warps share channels and take turns in time; 0: each has its own
+    groups: int = 1  # relay: groups of channels of a block
+    relay: int = 0  # 1: warps share a group of channels and take turns in time, as they always do in the backward
     checkpoint: int = 0  # forward: steps between kept states, a multiple of 16; 0: the op's default
     keep_y: bool = False  # forward: keep what z gates, too, which the backward else computes anew
     polynomial: int = 0  # forward, 16-bit data: of 32 exponentials, how many are polynomials instead
@@ -54,8 +54,8 @@ class Config:
             raise ValueError(f"config: expected warps 1..32 and positive blocks, splits, groups, got {self}")
         if self.checkpoint % 16:
             raise ValueError(f"config: checkpoint: expected a multiple of 16, got {self.checkpoint}")
-        if self.relay not in (0, 1) or (self.relay and (self.splits > 1 or self.warps % self.groups)):
-            raise ValueError(f"config: relay: expected 0 or 1, splits 1 and as many warps for each group, got {self}")
+        if self.relay not in (0, 1) or (self.groups > 1 and not self.relay):
+            raise ValueError(f"config: expected relay 0 or 1, and groups 1 unless it is 1, got {self}")
         if not 0 <= self.polynomial <= 32:
             raise ValueError(f"config: expected polynomial 0..32, got {self}")
 
@@ -137,37 +137,40 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
             warp += tiles * projection + 32 * per + 2 * 32 * 6
             return 4 * (config.warps * warp + config.groups * 32 * per)
         return 4 * (2 * tiles * projection + config.warps * warp)
-    item, threads = ITEMSIZE[problem.dtype], config.threads
-    projection = per * config.lanes * (4 if config.tile == 4 else config.tile + 4)
-    raw = item * threads * _ceil(per * config.lanes * config.tile // 4, threads)
-    variable = 2 - problem.constant_B - problem.constant_C
-    rows = config.per_warp * config.tile
+    item, rows = ITEMSIZE[problem.dtype], config.per_warp * config.tile
+    projection = 4 * per * config.lanes * (4 if config.tile == 4 else config.tile + 4)
+    copied = 128 * item * _ceil(per * config.lanes * config.tile // 4, 32)
     lines, line = (config.tile, config.per_warp) if problem.layout == "dim" else (config.per_warp, config.tile)
     part = _ceil(lines * max(line * item, (line // 2 + 1) * 4 if item == 2 else 0), 16) * 16
-    recomputed = problem.checkpoint // config.tile
-    slot = (3 + problem.has_z) * part + (config.per_warp * per * config.lanes * 4 if recomputed == 1 else 0)
-    group = 128 * (3 * per + 2) + _ceil(8 * config.per_warp, 16) * 16
-    y = 128 * _ceil(config.steps * item, 4) if problem.keep_y else 16
-    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 512 + y + config.groups * group
-    fixed = [config.warps * config.groups * 256 * per if f else 16 for f in (problem.constant_B, problem.constant_C)]
-    enter = recomputed * config.warps * config.groups * 128 * per if recomputed > 1 else 16
-    early = 8 * rows * (config.warps if recomputed > 1 else 1)
-    moved = variable * 4 * (projection + raw) + (2 - variable) * 32
-    return moved + 80 + config.warps * warp + sum(fixed) + enter + early
+    recomputed = problem.checkpoint > config.tile
+    slot = (3 + problem.has_z) * part + (0 if recomputed else config.per_warp * per * config.lanes * 4)
+    varying = 2 - problem.constant_B - problem.constant_C
+
+    def room(needed: int | bool, floats: int) -> int:  # an array of as many floats, or of one
+        return _ceil(floats if needed else 1, 4) * 16
+
+    group = 128 * (3 * per + 2) + room(True, 2 * config.per_warp)
+    group += (2 - varying) * 256 * per + varying * 16
+    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 512
+    warp += varying * (projection + copied) + (2 - varying) * 32
+    warp += room(problem.keep_y, 32 * _ceil(config.steps * item, 4))
+    warp += room(recomputed, config.groups * 32 * per) + room(recomputed, 2 * rows)
+    return 96 + _ceil(8 * config.groups * config.warps, 16) * 16 + config.groups * group + config.warps * warp
 
 
 def _valid(problem: Problem, device: Any, config: Config) -> bool:
     per = _ceil(problem.state, config.lanes)
     if problem.direction == "forward":
         pairs = problem.layout == "dim" and ITEMSIZE[problem.dtype] == 2 and config.own >= 2 and config.per_warp >= 2
-        if config.tile % 16 or config.chain or per > 16 or config.own // (1 + pairs) > config.tile:
+        if config.tile % 16 or per > 16 or config.own // (1 + pairs) > config.tile:
             return False
         if config.relay:
-            if config.tile != 16 or per > 4 or config.warps > MOST_TURNS or config.warps < 2 * config.groups:
+            shares = config.warps % config.groups == 0 and config.warps >= 2 * config.groups
+            if config.tile != 16 or per > 4 or config.warps > MOST_TURNS or not shares or config.splits > 1:
                 return False
         elif _ceil(per * config.lanes, 4) * config.tile > 4 * config.threads:
             return False  # a thread would hold too many of B and C
-    elif config.lanes < 4 or per * config.tile > 32 or config.tile > 16 or (config.chain and problem.sequences):
+    elif not config.relay or config.lanes < 4 or per * config.tile > 32 or config.tile > 16:
         return False
     return config.threads <= 1024 and shared_bytes(problem, config) <= device.shared_memory
 
@@ -257,40 +260,36 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     tile = 32 // max(2, _power_of_two(_ceil(problem.state, lanes)))
     if problem.dtype != "bfloat16" and device.arch not in ("sm_80", "sm_86", "sm_89", "sm_90") and lanes < 32:
         lanes *= 2  # with two states a lane, products in two parts take more registers than ptxas finds from 10.0 on
-    per_group = problem.dim // problem.groups
     found = []
-    for warps, blocks in ((1, 8), (2, 4), (4, 2), (8, 1)):
-        for groups in (16, 8, 4, 2, 1):
-            base = Config(lanes, warps, tile, blocks, groups=groups)
-            if base.channels >= 2 * per_group and groups > 1:
-                continue  # half of the block's channels would not exist
-            if groups > 1 and blocks * (shared_bytes(problem, base) + 1024) > device.shared_memory + 1024:
-                continue
-            count = _block_count(problem, base)
-            fits = max(1, min(blocks, (device.shared_memory + 1024) // (shared_bytes(problem, base) + 1024)))
-            for splits, chain in _backward_splits(problem, count, device.units * fits):
-                found.append(dataclasses.replace(base, splits=splits, chain=chain))
-    return found
+    for warps, blocks in ((4, 2), (8, 1), (2, 4), (1, 8)):
+        alike = []
+        for groups in range(1, min(MOST_GROUPS, _ceil(problem.dim // problem.groups, 32 // lanes)) + 1):
+            config = Config(lanes, warps, tile, blocks, groups=groups, relay=1)
+            fits = (device.shared_memory + 1024) // (shared_bytes(problem, config) + 1024)
+            if groups > 1 and fits < blocks:
+                break
+            alike += _backward_splits(problem, config, device.units * max(1, min(blocks, fits)))
+        found += sorted(alike, key=lambda f: f[0])[:3]
+    return [config for _, config in sorted(found, key=lambda f: f[0])]
 
 
-def _backward_splits(problem: Problem, blocks: int, resident: int) -> list[tuple[int, int]]:
-    """(splits, chain) worth trying for a launch of rows*blocks blocks, ``resident`` of which run at a time."""
-    work = problem.rows * blocks
+def _backward_splits(problem: Problem, config: Config, resident: int) -> list[tuple[float, Config]]:
+    """The configuration with its time in one part and in as many as fill the places for ``resident`` blocks once or
+    twice, each with an estimate of the time that it takes, in units of what the work alone would."""
+    work = problem.rows * _block_count(problem, config)
     per_row = problem.length / problem.rows if problem.sequences else problem.length
     longest = max(1, int(per_row // max(64, problem.checkpoint)))
-    single = (1, 0)
-    if work < resident and longest > 1:
-        # the time of too few rows is cut, at the cost of a pass that finds the adjoints between spans
-        found = [(min(longest, max(1, waves * resident // work)), 0) for waves in (2, 1)]
-        return list(dict.fromkeys([*found, single]))
-    if longest == 1 or problem.sequences:
-        return [single]
-
-    # parts that hand the adjoint on even out how many blocks each multiprocessor runs
-    busy = {s: _busy(work * s, resident) for s in (1, 2, 3, 4, 6, 8) if s <= longest}
-    best = next((s for s in busy if s > 1 and busy[s] > 0.95), max(busy, key=lambda s: busy[s]))
-    chained = (best, 1) if best > 1 else (2, 1)
-    return [chained, single] if busy[1] < 0.9 * busy[chained[0]] else [single, chained]
+    found = []
+    for splits in dict.fromkeys((1, *(max(1, min(longest, waves * resident // work)) for waves in (1, 2)))):
+        tiles = max(1, per_row / splits / config.tile)
+        each = _ceil(int(tiles), config.warps) * config.groups  # items of a warp, which starts an item after another's
+        behind = (each + config.warps - 1) * config.warps / (tiles * config.groups)
+        waiting = max(1.0, (config.warps + 1) / config.groups) if config.warps > 1 else 1.0
+        entering = 0.3 * (splits - 1) / splits  # the pass that finds the adjoints between parts
+        filled = problem.rows * problem.dim * splits / (_ceil(work * splits, resident) * resident * config.channels)
+        estimate = behind * waiting * (1 + 0.7 / config.groups) / filled + entering
+        found.append((estimate, dataclasses.replace(config, splits=splits)))
+    return found
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
@@ -300,7 +299,7 @@ SIZES = (
     *(f"{t}_{axis}" for t in ("u", "delta", "z", "out", "dout", "grad") for axis in ("batch", "dim", "step")),
     *(f"{t}_{axis}" for t in ("B", "C") for axis in ("batch", "group", "state", "step")),
 )  # fmt: skip
-SCALARS = ("u", "delta", "z", "out", "y", "dout", "du", "ddelta", "dz", "B", "C", "cu_seqlens", "tickets")
+SCALARS = ("u", "delta", "z", "out", "y", "dout", "du", "ddelta", "dz", "B", "C", "cu_seqlens")
 FLOATS = (
     "A", "D", "delta_bias", "initial_state", "last_state", "states", "span_end", "span_time",
     "dA", "dB", "dC", "dD", "ddelta_bias", "dinitial_state", "spread_B", "spread_C",
@@ -385,9 +384,9 @@ class Variant(NamedTuple):
 
 
 def _entering(problem: Problem, config: Config) -> tuple[int, Config] | None:
-    """(mode, config) of the pass that finds what enters each span; None if time is not cut or parts hand it on."""
+    """(mode, config) of the pass that finds what enters each span; None if time is not cut."""
     splits, span, _ = _spans(problem, config)
-    if splits == 1 or (problem.direction == "backward" and config.chain):
+    if splits == 1:
         return None
     if problem.direction == "forward":
         return LEAVE, config
@@ -415,10 +414,7 @@ def variants(
         files, name, more = FORWARD, "scan", {"MODE": SCAN}
     else:
         files, name = BACKWARD, "scan_backward"
-        more = {
-            "CHAIN": config.chain if _spans(problem, config)[0] > 1 else 0,
-            "PARTIALS": int(problem.deterministic),
-        }
+        more = {"PARTIALS": int(problem.deterministic)}
     shared = shared_bytes(problem, config)
     if problem.direction == "backward":
         more["SHARED_BYTES"] = shared
@@ -591,13 +587,10 @@ def prepare_backward(
         for name in SUMS:
             if (total := getattr(gradients, name)) is not None:
                 variable = name in ("dB", "dC") and total.ndim == 4
-                parts[name] = (blocks // problem.groups * config.warps if variable else slots, *total.shape)
+                parts[name] = (blocks // problem.groups if variable else slots, *total.shape)
                 if variable:
                     sizes["bc_partial"] = total.numel()
-    count = blocks * slots
-    if scan.defines["CHAIN"]:
-        count = min(count, torch.cuda.get_device_properties(inputs.u.device).multi_processor_count * config.blocks)
-    launch = scan.kernel().prepare(count, config.threads, scan.shared_bytes, sizes)
+    launch = scan.kernel().prepare(blocks * slots, config.threads, scan.shared_bytes, sizes)
 
     def run(inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients) -> None:
         u, g = inputs.u, gradients
@@ -605,14 +598,10 @@ def prepare_backward(
             inputs, states=kept.states, y=kept.y, dout=cotangents.dout, last_state=cotangents.dlast_state, du=g.du,
             ddelta=g.ddelta, dz=g.dz, dinitial_state=g.dinitial_state,
         )  # fmt: skip
-        if splits > 1:
+        if enter is not None:
             scratch = u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
             pointers |= _span_pointers(problem, scratch, slots)
-            if enter is not None:
-                enter(pointers | {"u": pointers["dout"]})
-            else:
-                tickets = u.new_zeros(1 + slots * blocks, dtype=torch.int32)
-                pointers["tickets"] = tickets.data_ptr()
+            enter(pointers | {"u": pointers["dout"]})
         sums = {name: total for name in SUMS if (total := getattr(g, name)) is not None}
         if problem.deterministic:
             # a packed slot that no sequence owns stays zero

@@ -34,7 +34,6 @@ constexpr int T = TILE;
 constexpr int SUBTILES = CHECKPOINT / T;
 constexpr bool SUM_Y = HAS_Z && !KEEP_Y;                    // y = C h + D u is computed anew
 constexpr int RING = 4;                                     // items in flight, and the one at hand
-constexpr int STRIDE = WARPS * PER_WARP;                    // channels between a warp's groups
 constexpr bool LOAD_AHEAD = DTYPE == 1 && !CONST_B && !CONST_C;  // where registers allow
 constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow more
 static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT % T == 0 && SUBTILES > 0, "invalid configuration");
@@ -130,23 +129,23 @@ DEVICE void write_own(char* at, const float (&v)[STEPS], i64 step_stride, int co
   }
 }
 
-// ---- tiles of B, C: in float32, for all warps of a block; state s*PER + k in line k*LANES + s -----------------------
+// ---- a tile of B, C: in float32; state s*PER + k in line k*LANES + s -----------------------
 
 constexpr int PITCH = T == 4 ? 4 : T + 4;  // floats between lines: eight of them, read at once, meet no bank twice
 constexpr int BC_FLOATS = STATES * PITCH;
 
-// What a thread moves of B or C: items of four steps of a state or, if B_AXIS or C_AXIS says so, four states of a step.
+// What a lane moves of B or C: items of four steps of a state or, if B_AXIS or C_AXIS says so, four states of a step.
 template <int AXIS, int VECTOR>
 struct Projection {
   static constexpr int ITEMS = STATES * T / 4;
-  static constexpr int COUNT = (ITEMS + THREADS - 1) / THREADS;
-  static constexpr int THREAD_WORDS = ITEM * COUNT * THREADS;
+  static constexpr int COUNT = (ITEMS + 31) / 32;
+  static constexpr int RAW = ITEM * COUNT * 32;  // words that are copied
 
   static DEVICE bool place(int k, int& n, int& t) {
-    const int i = (int)threadIdx.x + k * THREADS;
+    const int i = ((int)threadIdx.x & 31) + k * 32;
     if (AXIS == 0) t = i % QUADS * 4, n = i / QUADS;
     else n = i % (STATES / 4) * 4, t = i / (STATES / 4);
-    return ITEMS % THREADS == 0 || i < ITEMS;
+    return ITEMS % 32 == 0 || i < ITEMS;
   }
   // row: B or C at the row's first step; t0: the tile's first; count: steps of the tile that exist
   static DEVICE void fetch(u32* raw, const scalar* row, i64 state_stride, i64 step_stride, int t0, int count) {
@@ -156,7 +155,7 @@ struct Projection {
         int n, t;
         if (!place(k, n, t)) continue;
         const int left = AXIS == 0 ? (n < STATE ? count - t : 0) : t < count ? STATE - n : 0;
-        copy_async<4 * ITEM>(raw + (k * THREADS + threadIdx.x) * ITEM, row + n * state_stride + (t0 + t) * step_stride,
+        copy_async<4 * ITEM>(raw + (k * 32 + (threadIdx.x & 31)) * ITEM, row + n * state_stride + (t0 + t) * step_stride,
                              (left < 0 ? 0 : left > 4 ? 4 : left) * ITEM);
       }
     }
@@ -168,7 +167,7 @@ struct Projection {
       if (!place(k, n, t)) continue;
       float v[4];
       if constexpr (VECTOR) {
-        const u32* const mine = raw + (k * THREADS + threadIdx.x) * ITEM;
+        const u32* const mine = raw + (k * 32 + (threadIdx.x & 31)) * ITEM;
 #pragma unroll
         for (int j = 0; j < 4; j++) v[j] = ITEM == 2 && j & 1 ? high(mine[j * ITEM / 4]) : low(mine[j * ITEM / 4]);
       } else {
@@ -243,37 +242,37 @@ DEVICE void sum_channels(float (&v)[T], int lane) {
   }
 }
 
-DEVICE void sync_block() {
-  if constexpr (WARPS == 1) __syncwarp(); else __syncthreads();
-}
-
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 enum { ROW_DT, ROW_X, ROW_DY, ROW_U, ROW_SLOPE, ROW_GATE };  // Δ log2(e); Δu; dout silu(z); u; dΔ/draw; dout silu'(z)
 constexpr int ROWS = 5 + HAS_Z;
-struct alignas(16) Group {               // what a warp keeps of a group of channels
+struct alignas(16) Group {               // what a block keeps of a group of channels
   float carried[32][2 * PER];            // g between tiles, sum of dA
   float A[32][PER];
   float2 sums[32];                       // of dD, ddelta_bias
   float2 near[PER_WARP];                 // delta_bias of the next group's channel, D of the last one's
+  // constant B, C and the sums of dB, dC; what is not needed has one element, here and below
+  alignas(16) float fixed_B[CONST_B ? 2 : 1][CONST_B ? 32 : 1][CONST_B ? PER : 1];
+  alignas(16) float fixed_C[CONST_C ? 2 : 1][CONST_C ? 32 : 1][CONST_C ? PER : 1];
 };
-struct Warp {
+struct alignas(16) Warp {
   float elements[2][ROWS][PER_WARP][T];  // of the item at hand, and of the one before or after
   unsigned char ring[RING][SLOT_BYTES];
   float *to_dB[32], *to_dC[32];          // where the lane's share of a tile's dB and dC goes, of the span's first tile
-  u32 y[KEEP_Y ? 32 : 1][(STEPS * ITEM + 3) / 4];  // of the lane's steps of the item at hand
-  Group groups[GROUPS];
+  alignas(16) float B[CONST_B ? 1 : BC_FLOATS];
+  alignas(16) float C[CONST_C ? 1 : BC_FLOATS];
+  alignas(16) u32 raw_B[CONST_B ? 1 : Projection_B::RAW];
+  alignas(16) u32 raw_C[CONST_C ? 1 : Projection_C::RAW];
+  alignas(16) u32 y[KEEP_Y ? 32 : 1][(STEPS * ITEM + 3) / 4];  // of the lane's steps of the item at hand
+  // states that enter the tile, group by group, and dt, x of a tile before it
+  alignas(16) float enter[SUBTILES > 1 ? GROUPS : 1][SUBTILES > 1 ? 32 : 1][SUBTILES > 1 ? PER : 1];
+  alignas(16) float early[SUBTILES > 1 ? 2 : 1][SUBTILES > 1 ? PER_WARP : 1][SUBTILES > 1 ? T : 1];
 };
 struct Shared {
   Task task;
-  float B[CONST_B ? 4 : BC_FLOATS], C[CONST_C ? 4 : BC_FLOATS];
-  u32 raw_B[CONST_B ? 4 : Projection_B::THREAD_WORDS], raw_C[CONST_C ? 4 : Projection_C::THREAD_WORDS];
+  Turn turns[WARPS][GROUPS];             // when a warp may have a group
+  Group groups[GROUPS];
   Warp warps[WARPS];
-  // constant B, C and the sums of their gradients; the states that enter a kept span's tiles, and a tile's dt, x
-  float fixed_B[CONST_B ? WARPS * GROUPS : 1][2][CONST_B ? 32 : 1][CONST_B ? PER : 2];
-  float fixed_C[CONST_C ? WARPS * GROUPS : 1][2][CONST_C ? 32 : 1][CONST_C ? PER : 2];
-  float enter[SUBTILES > 1 ? SUBTILES * WARPS * GROUPS : 1][SUBTILES > 1 ? 32 : 1][SUBTILES > 1 ? PER : 4];
-  float early[SUBTILES > 1 ? WARPS : 1][2][PER_WARP][T];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared_bytes of cuda.py mirrors this");
 
@@ -294,585 +293,559 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   };
   if (STATES != STATE)  // what is never copied there
     for (int i = lane; i < RING * SLOT_BYTES / 4; i += 32) ((u32*)mine.ring)[i] = 0u;
-  sync_block();
-
   Task& task = shared.task;
-#if CHAIN
-  for (;;) {
-    sync_block();  // nobody needs the last task any more
-    if (tid == 0) {
-      const i64 pairs = p.rows * p.blocks, turn = atomicAdd((int*)p.tickets, 1), order = turn / pairs, pair = turn - order * pairs;
-      task.there = order < p.splits;
-      task.block = (int)(pair % p.blocks);
-      task.slot = pair / p.blocks * p.splits + (p.splits - 1 - order);
-      const int* const ready = (int*)p.tickets + 1 + task.slot * p.blocks + task.block;  // 1 once its adjoint is in span_end
-      for (int seen = !task.there || order == 0; !seen;) {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(ready) : "memory");
-        if (!seen) __nanosleep(100);
-      }
-    }
-#else
-  {
-    if (tid == 0) {
-      task.there = true;
-      task.slot = blockIdx.x / p.blocks;
-      task.block = (int)(blockIdx.x - task.slot * p.blocks);
-    }
-#endif
-    if (tid == 0 && task.there) {
-      task.there = locate(p, task.slot, task.w);
-      task.ch = channels(p, task.block);
-    }
-    sync_block();
-    if (!task.there) return;
-    const Span& w = task.w;
-    const Channels& ch = task.ch;
-    const int steps = w.end - w.begin, tiles = (steps + T - 1) / T, count = ch.count;
-    const int groups = (count + STRIDE - 1) / STRIDE;  // of channels that exist
-    auto batch = [&]() { return PACKED ? 0 : w.row; };
-    auto row_B = [&]() { return (const scalar*)p.B + batch() * p.B_batch + ch.group * p.B_group + w.first * p.B_step; };
-    auto row_C = [&]() { return (const scalar*)p.C + batch() * p.C_batch + ch.group * p.C_group + w.first * p.C_step; };
-    auto within = [&](int c) { return c * STRIDE + warp * PER_WARP; };  // first channel of group c, within the block
-    auto exists = [&](int c) { return within(c) + channel < count; };
+  if (tid == 0) {
+    task.slot = blockIdx.x / p.blocks;
+    task.block = (int)(blockIdx.x - task.slot * p.blocks);
+    task.there = locate(p, task.slot, task.w);
+    task.ch = channels(p, task.block);
+  }
+  if (WARPS > 1)
+    for (int i = lane; i < GROUPS; i += 32) shared.turns[warp][i].begin();
+  __syncthreads();
+  if (!task.there) return;
+  const Span& w = task.w;
+  const Channels& ch = task.ch;
+  const int steps = w.end - w.begin, tiles = (steps + T - 1) / T, count = ch.count;
+  const int groups = (count + PER_WARP - 1) / PER_WARP;  // of channels that exist
+  auto batch = [&]() { return PACKED ? 0 : w.row; };
+  auto row_B = [&]() { return (const scalar*)p.B + batch() * p.B_batch + ch.group * p.B_group + w.first * p.B_step; };
+  auto row_C = [&]() { return (const scalar*)p.C + batch() * p.C_batch + ch.group * p.C_group + w.first * p.C_step; };
+  auto exists = [&](int c) { return c * PER_WARP + channel < count; };
 
-    // what belongs to this lane's channels and states: constants, the adjoint that enters from the right, sums over time
+  // what belongs to this lane's channels and states: constants, the adjoint that enters from the right, sums over time
 #pragma unroll 1
-    for (int c = 0; c < groups; c++) {
-      const bool there = exists(c);
-      const int d = there ? ch.first + within(c) + channel : 0;
-      float g[2 * PER], A[PER], fixed[2][PER];
+  for (int c = warp; c < groups; c += WARPS) {
+    const bool there = exists(c);
+    const int d = there ? ch.first + c * PER_WARP + channel : 0;
+    float g[2 * PER], A[PER], fixed[2][PER];
 #pragma unroll
-      for (int k = 0; k < PER; k++) {
-        const int n = s * PER + k;
-        const bool real = there && n < STATE;
-        const i64 at = (i64)d * STATE + n;
-        A[k] = real ? p.A[at] : 0.f;
-        g[k] = g[PER + k] = 0.f;
-        if (real && p.splits > 1 && (!CHAIN || w.end < w.length)) g[k] = __ldcg(p.span_end + task.slot * p.dim * STATE + at);
-        else if (real && p.last_state) g[k] = p.last_state[(i64)w.row * p.dim * STATE + at];
-        fixed[0][k] = CONST_B && real ? ((const float*)p.B)[at] * B_SCALE : 0.f;
-        fixed[1][k] = CONST_C && real ? ((const float*)p.C)[at] : 0.f;
-      }
-      const float none[PER] = {};
-      set(mine.groups[c].carried[lane], g), set(mine.groups[c].A[lane], A);
-      if (s == 0) {
-        mine.groups[c == 0 ? groups - 1 : c - 1].near[channel].x = HAS_BIAS && there ? p.delta_bias[d] : 0.f;
-        mine.groups[c == groups - 1 ? 0 : c + 1].near[channel].y = HAS_D && there ? p.D[d] : 0.f;
-      }
-      if constexpr (CONST_B) set(shared.fixed_B[warp * GROUPS + c][0][lane], fixed[0]), set(shared.fixed_B[warp * GROUPS + c][1][lane], none);
-      if constexpr (CONST_C) set(shared.fixed_C[warp * GROUPS + c][0][lane], fixed[1]), set(shared.fixed_C[warp * GROUPS + c][1][lane], none);
-      mine.groups[c].sums[lane] = make_float2(0.f, 0.f);
+    for (int k = 0; k < PER; k++) {
+      const int n = s * PER + k;
+      const bool real = there && n < STATE;
+      const i64 at = (i64)d * STATE + n;
+      A[k] = real ? p.A[at] : 0.f;
+      g[k] = g[PER + k] = 0.f;
+      if (real && p.splits > 1) g[k] = __ldcg(p.span_end + task.slot * p.dim * STATE + at);
+      else if (real && p.last_state) g[k] = p.last_state[(i64)w.row * p.dim * STATE + at];
+      fixed[0][k] = CONST_B && real ? ((const float*)p.B)[at] * B_SCALE : 0.f;
+      fixed[1][k] = CONST_C && real ? ((const float*)p.C)[at] : 0.f;
     }
+    const float none[PER] = {};
+    set(shared.groups[c].carried[lane], g), set(shared.groups[c].A[lane], A);
+    if (s == 0) {
+      shared.groups[c == 0 ? groups - 1 : c - 1].near[channel].x = HAS_BIAS && there ? p.delta_bias[d] : 0.f;
+      shared.groups[c == groups - 1 ? 0 : c + 1].near[channel].y = HAS_D && there ? p.D[d] : 0.f;
+    }
+    if constexpr (CONST_B) set(shared.groups[c].fixed_B[0][lane], fixed[0]), set(shared.groups[c].fixed_B[1][lane], none);
+    if constexpr (CONST_C) set(shared.groups[c].fixed_C[0][lane], fixed[1]), set(shared.groups[c].fixed_C[1][lane], none);
+    shared.groups[c].sums[lane] = make_float2(0.f, 0.f);
+  }
 
-    const i64 bc_first = PARTIALS ? ((i64)(task.block % (p.blocks / p.groups)) * WARPS + warp) * p.bc_partial : 0;
-    const i64 bc_own = bc_first + (((i64)batch() * p.groups + ch.group) * STATE + s * PER) * p.length + w.first + w.begin + own_share(channel);
-    if (!CONST_B) mine.to_dB[lane] = p.dB + bc_own;
-    if (!CONST_C) mine.to_dC[lane] = p.dC + bc_own;
+  const i64 bc_first = PARTIALS ? task.block % (p.blocks / p.groups) * p.bc_partial : 0;
+  const i64 bc_own = bc_first + (((i64)batch() * p.groups + ch.group) * STATE + s * PER) * p.length + w.first + w.begin + own_share(channel);
+  if (!CONST_B) mine.to_dB[lane] = p.dB + bc_own;
+  if (!CONST_C) mine.to_dC[lane] = p.dC + bc_own;
 
-    // ---- moving inputs
-    auto address = [&](int part, int first_channel, int line, int t0) {  // of a line
-      const void* const base = part == 0 ? p.u : part == 1 ? p.delta : part == 2 ? p.dout : p.z;
-      const i64 batch_stride = part == 0 ? p.u_batch : part == 1 ? p.delta_batch : part == 2 ? p.dout_batch : p.z_batch;
-      const i64 dim_stride = part == 0 ? p.u_dim : part == 1 ? p.delta_dim : part == 2 ? p.dout_dim : p.z_dim;
-      const i64 step_stride = part == 0 ? p.u_step : part == 1 ? p.delta_step : part == 2 ? p.dout_step : p.z_step;
-      return (const char*)((const scalar*)base + batch() * batch_stride + (ch.first + first_channel + (DIM_LAYOUT ? 0 : line)) * dim_stride +
-                           (w.first + w.begin + t0 + (DIM_LAYOUT ? line : 0)) * step_stride);
-    };
-    auto shift_of = [&](const char* line) { return SHIFTED ? (int)((size_t)line >> 1 & 1) : 0; };
-    auto bytes_of = [](int line, int piece, int left, int live) {  // of a piece, where `left` steps and `live` channels exist
-      const int bytes = (DIM_LAYOUT ? live : left) * ITEM - piece * COPY;
-      return bytes < 0 || line >= (DIM_LAYOUT ? left : live) ? 0 : bytes > COPY ? COPY : bytes;
-    };
-    auto fetch_item = [&](unsigned char* to, int tile, int c) {
-      const int left = steps - tile * T, live = count - within(c);
+  __syncthreads();
+
+  // ---- moving inputs
+  auto address = [&](int part, int first_channel, int line, int t0) {  // of a line
+    const void* const base = part == 0 ? p.u : part == 1 ? p.delta : part == 2 ? p.dout : p.z;
+    const i64 batch_stride = part == 0 ? p.u_batch : part == 1 ? p.delta_batch : part == 2 ? p.dout_batch : p.z_batch;
+    const i64 dim_stride = part == 0 ? p.u_dim : part == 1 ? p.delta_dim : part == 2 ? p.dout_dim : p.z_dim;
+    const i64 step_stride = part == 0 ? p.u_step : part == 1 ? p.delta_step : part == 2 ? p.dout_step : p.z_step;
+    return (const char*)((const scalar*)base + batch() * batch_stride + (ch.first + first_channel + (DIM_LAYOUT ? 0 : line)) * dim_stride +
+                         (w.first + w.begin + t0 + (DIM_LAYOUT ? line : 0)) * step_stride);
+  };
+  auto shift_of = [&](const char* line) { return SHIFTED ? (int)((size_t)line >> 1 & 1) : 0; };
+  auto bytes_of = [](int line, int piece, int left, int live) {  // of a piece, where `left` steps and `live` channels exist
+    const int bytes = (DIM_LAYOUT ? live : left) * ITEM - piece * COPY;
+    return bytes < 0 || line >= (DIM_LAYOUT ? left : live) ? 0 : bytes > COPY ? COPY : bytes;
+  };
+  auto fetch_item = [&](unsigned char* to, int tile, int c) {
+    const int left = steps - tile * T, live = count - c * PER_WARP;
 #pragma unroll
-      for (int r = 0; r < (COPIES + 31) / 32; r++) {
-        const int i = lane + r * 32 + (COPIES > 32 ? here() : 0);
-        const int part = i / (LINES * PIECES), line = i / PIECES % LINES, piece = i % PIECES;
-        if (COPIES % 32 != 0 && i >= COPIES) continue;
-        const char* from = address(part, within(c), line, tile * T);
-        const int shift = shift_of(from);
-        if (SHIFTED) from = (const char*)((size_t)from & ~(size_t)3);
-        const int bytes = bytes_of(line, piece, left + (DIM_LAYOUT ? 0 : shift), live + (DIM_LAYOUT ? shift : 0));
-        copy_async<COPY>(to + part * PART_BYTES + line * LINE_BYTES + piece * COPY, from + piece * COPY, bytes);
-      }
-      if constexpr (SUBTILES == 1) {
-        const float* const from = p.states + ((w.states + w.begin / T + tile) * p.dim + ch.first + within(c)) * STATE;
+    for (int r = 0; r < (COPIES + 31) / 32; r++) {
+      const int i = lane + r * 32 + (COPIES > 32 ? here() : 0);
+      const int part = i / (LINES * PIECES), line = i / PIECES % LINES, piece = i % PIECES;
+      if (COPIES % 32 != 0 && i >= COPIES) continue;
+      const char* from = address(part, c * PER_WARP, line, tile * T);
+      const int shift = shift_of(from);
+      if (SHIFTED) from = (const char*)((size_t)from & ~(size_t)3);
+      const int bytes = bytes_of(line, piece, left + (DIM_LAYOUT ? 0 : shift), live + (DIM_LAYOUT ? shift : 0));
+      copy_async<COPY>(to + part * PART_BYTES + line * LINE_BYTES + piece * COPY, from + piece * COPY, bytes);
+    }
+    if constexpr (SUBTILES == 1) {
+      const float* const from = p.states + ((w.states + w.begin / T + tile) * p.dim + ch.first + c * PER_WARP) * STATE;
 #pragma unroll
-        for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
-          const int i = lane + r * 32, line = i / KEPT_PIECES, piece = i % KEPT_PIECES;
-          if (PER_WARP * KEPT_PIECES % 32 != 0 && i >= PER_WARP * KEPT_PIECES) continue;
-          copy_async<KEPT_COPY>(to + PARTS * PART_BYTES + line * STATES * 4 + piece * KEPT_COPY,
-                                from + line * STATE + piece * (KEPT_COPY / 4), line < live ? KEPT_COPY : 0);
-        }
+      for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
+        const int i = lane + r * 32, line = i / KEPT_PIECES, piece = i % KEPT_PIECES;
+        if (PER_WARP * KEPT_PIECES % 32 != 0 && i >= PER_WARP * KEPT_PIECES) continue;
+        copy_async<KEPT_COPY>(to + PARTS * PART_BYTES + line * STATES * 4 + piece * KEPT_COPY,
+                              from + line * STATE + piece * (KEPT_COPY / 4), line < live ? KEPT_COPY : 0);
       }
-    };
-    auto fetch_bc = [&](int tile) {
-      const int t0 = w.begin + tile * T;
-      if constexpr (!CONST_B) Projection_B::fetch(shared.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0);
-      if constexpr (!CONST_C) Projection_C::fetch(shared.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0);
-    };
-    auto store_bc = [&](int tile) {
-      const int t0 = w.begin + tile * T;
-      if constexpr (!CONST_B) Projection_B::store(shared.B, shared.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0, B_SCALE);
-      if constexpr (!CONST_C) Projection_C::store(shared.C, shared.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0, 1.f);
-    };
-    // four steps of B or C of this lane's state k
-    auto four = [&](float (&v)[4], const float* tile, int k, int t4) { get(v, tile + (k * LANES + s) * PITCH + t4); };
+    }
+  };
+  auto fetch_bc = [&](int tile) {
+    const int t0 = w.begin + tile * T;
+    if constexpr (!CONST_B) Projection_B::fetch(mine.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0);
+    if constexpr (!CONST_C) Projection_C::fetch(mine.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0);
+  };
+  auto store_bc = [&](int tile) {
+    const int t0 = w.begin + tile * T;
+    if constexpr (!CONST_B) Projection_B::store(mine.B, mine.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0, B_SCALE);
+    if constexpr (!CONST_C) Projection_C::store(mine.C, mine.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0, 1.f);
+  };
+  // four steps of B or C of this lane's state k
+  auto four = [&](float (&v)[4], const float* tile, int k, int t4) { get(v, tile + (k * LANES + s) * PITCH + t4); };
 
-    // ---- an item's elements
-    struct Elements {
-      float u[STEPS], dt[STEPS], factor[STEPS], slope[STEPS], dy[STEPS], gate[STEPS];
+  // ---- an item's elements
+  struct Elements {
+    float u[STEPS], dt[STEPS], factor[STEPS], slope[STEPS], dy[STEPS], gate[STEPS];
+  };
+  auto stage_begin = [&](Elements& e, const unsigned char* raw, float bias, int tile, int c) {
+    auto read_part = [&](float (&v)[STEPS], int part) {
+      read_own(v, (const char*)raw + part * PART_BYTES, [&](int i) { return shift_of(address(part, c * PER_WARP, DIM_LAYOUT ? step + i : channel, tile * T)); });
     };
-    auto stage_begin = [&](Elements& e, const unsigned char* raw, float bias, int tile, int c) {
-      auto read_part = [&](float (&v)[STEPS], int part) {
-        read_own(v, (const char*)raw + part * PART_BYTES, [&](int i) { return shift_of(address(part, within(c), DIM_LAYOUT ? step + i : channel, tile * T)); });
-      };
-      read_part(e.u, 0), read_part(e.dt, 1), read_part(e.dy, 2);
-      if (HAS_Z) read_part(e.gate, 3);
+    read_part(e.u, 0), read_part(e.dt, 1), read_part(e.dy, 2);
+    if (HAS_Z) read_part(e.gate, 3);
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      e.dt[i] += bias, e.slope[i] = SOFTPLUS ? exp_neg_abs(e.dt[i]) : 0.f;
+      if (HAS_Z) e.factor[i] = ex2(-LOG2E * e.gate[i]);
+    }
+  };
+  auto stage_end = [&](Elements& e) {
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      if (HAS_Z) {
+        const float z = e.gate[i], sg = rcp(1.f + e.factor[i]), silu = z * sg;
+        e.gate[i] = e.dy[i] * fmaf(silu, 1.f - sg, sg);
+        e.dy[i] *= silu;
+      }
+      const StepSize size = step_size(e.dt[i], e.slope[i]);
+      e.slope[i] = step_slope(e.dt[i], e.slope[i], DTYPE == 0 ? 1.f : LOG2E);
+      e.dt[i] = size.dt, e.factor[i] = size.factor;
+    }
+  };
+  auto stage_tail = [&](Elements& e, int left) {  // what does not exist leaves h and g alone
+#pragma unroll
+    for (int i = 0; i < STEPS; i++)  // rows end with whole vectors
+      if (left <= (ALIGNED && !DIM_LAYOUT ? 0 : i)) e.dt[i] = e.factor[i] = e.slope[i] = 0.f;
+  };
+  auto put = [&](float* to, const Elements& e) {  // a lane's own elements
+    if (!owns) return;
+    float x[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) x[i] = e.u[i] * (DTYPE == 0 ? e.factor[i] : e.dt[i]);
+    set(to + ROW_DT * PER_WARP * T, e.dt), set(to + ROW_X * PER_WARP * T, x), set(to + ROW_DY * PER_WARP * T, e.dy);
+    set(to + ROW_U * PER_WARP * T, e.u), set(to + ROW_SLOPE * PER_WARP * T, e.slope);
+    if (HAS_Z) set(to + ROW_GATE * PER_WARP * T, e.gate);
+  };
+
+  // ---- the end of an item
+  struct Sums {  // over states: Σ G B, Σ A g h', Σ C h
+    Spread gb, ga, y;
+  } sums = {};
+  // where this lane's steps of that item lie in du, and how many there are; likewise in ddelta and dz
+  char* out_at = nullptr;
+  auto first_out = [&](int tile) {  // of the first group of channels
+    return (char*)((scalar*)p.du + batch() * p.grad_batch + (ch.first + channel) * p.grad_dim +
+                   (w.first + w.begin + (tile + here()) * T + step) * p.grad_step);
+  };
+  i64 to_ddelta = (char*)p.ddelta - (char*)p.du, to_dz = (char*)p.dz - (char*)p.du, out_over = PER_WARP * p.grad_dim * ITEM;
+  int out_count = 0;
+  if (ROOMY) keep(out_over), keep(to_ddelta), keep(to_dz);
+  const int own_groups = owns ? (count - channel + PER_WARP - 1) / PER_WARP : 0;  // whose channel exists
+  // what the forward kept of y of the lane's steps at `at` in du, whose layout it has; read when the item is finished
+  auto fetch_y = [&](const char* at, int count) {
+    const char* const from = at + ((const char*)p.y - (const char*)p.du);
+    u32* const to = mine.y[lane];
+    if constexpr (ALIGNED && !DIM_LAYOUT && STEPS * ITEM >= 4) {
+      copy_async<STEPS * ITEM>(to, from, count > 0 ? STEPS * ITEM : 0);
+    } else {
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
-        e.dt[i] += bias, e.slope[i] = SOFTPLUS ? exp_neg_abs(e.dt[i]) : 0.f;
-        if (HAS_Z) e.factor[i] = ex2(-LOG2E * e.gate[i]);
+        const u32 v = i < count ? bits(((const scalar*)from)[i * p.grad_step]) : 0u;
+        if (ITEM == 2 && i % 2 == 1) to[i / 2] |= v << 16; else to[i * ITEM / 4] = v;
       }
-    };
-    auto stage_end = [&](Elements& e) {
+    }
+  };
+  auto finish = [&](const float* from, float skip, float2& so_far) {  // from: a lane's own elements
+    float dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
+    float gb[STEPS], ga[STEPS], y[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) gb[i] = sums.gb.own(i), ga[i] = sums.ga.own(i), y[i] = sums.y.own(i);
+    get(dt, from + ROW_DT * PER_WARP * T), get(dy, from + ROW_DY * PER_WARP * T), get(u, from + ROW_U * PER_WARP * T);
+    get(slope, from + ROW_SLOPE * PER_WARP * T);
+    if (HAS_Z) get(gate, from + ROW_GATE * PER_WARP * T);
+    float2 total = so_far;
+    if (KEEP_Y)
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
-        if (HAS_Z) {
-          const float z = e.gate[i], sg = rcp(1.f + e.factor[i]), silu = z * sg;
-          e.gate[i] = e.dy[i] * fmaf(silu, 1.f - sg, sg);
-          e.dy[i] *= silu;
-        }
-        const StepSize size = step_size(e.dt[i], e.slope[i]);
-        e.slope[i] = step_slope(e.dt[i], e.slope[i], DTYPE == 0 ? 1.f : LOG2E);
-        e.dt[i] = size.dt, e.factor[i] = size.factor;
+        const u32 v = mine.y[lane][i * ITEM / 4];
+        y[i] = ITEM == 2 && i % 2 == 1 ? high(v) : low(v);
       }
-    };
-    auto stage_tail = [&](Elements& e, int left) {  // what does not exist leaves h and g alone
 #pragma unroll
-      for (int i = 0; i < STEPS; i++)  // rows end with whole vectors
-        if (left <= (ALIGNED && !DIM_LAYOUT ? 0 : i)) e.dt[i] = e.factor[i] = e.slope[i] = 0.f;
-    };
-    auto put = [&](float* to, const Elements& e) {  // a lane's own elements
-      if (!owns) return;
-      float x[STEPS];
-#pragma unroll
-      for (int i = 0; i < STEPS; i++) x[i] = e.u[i] * (DTYPE == 0 ? e.factor[i] : e.dt[i]);
-      set(to + ROW_DT * PER_WARP * T, e.dt), set(to + ROW_X * PER_WARP * T, x), set(to + ROW_DY * PER_WARP * T, e.dy);
-      set(to + ROW_U * PER_WARP * T, e.u), set(to + ROW_SLOPE * PER_WARP * T, e.slope);
-      if (HAS_Z) set(to + ROW_GATE * PER_WARP * T, e.gate);
-    };
-
-    // ---- the end of an item
-    struct Sums {  // over states: Σ G B, Σ A g h', Σ C h
-      Spread gb, ga, y;
-    } sums = {};
-    // where this lane's steps of that item lie in du, and how many there are; likewise in ddelta and dz
-    char* out_at = nullptr;
-    auto first_out = [&](int tile) {  // of the first group of channels
-      return (char*)((scalar*)p.du + batch() * p.grad_batch + (ch.first + within(0) + channel) * p.grad_dim +
-                     (w.first + w.begin + (tile + here()) * T + step) * p.grad_step);
-    };
-    i64 to_ddelta = (char*)p.ddelta - (char*)p.du, to_dz = (char*)p.dz - (char*)p.du, out_over = STRIDE * p.grad_dim * ITEM;
-    int out_count = 0;
-    if (ROOMY) keep(out_over), keep(to_ddelta), keep(to_dz);
-    const int own_groups = owns ? (count - within(0) - channel + STRIDE - 1) / STRIDE : 0;  // whose channel exists
-    // what the forward kept of y of the lane's steps at `at` in du, whose layout it has; read when the item is finished
-    auto fetch_y = [&](const char* at, int count) {
-      const char* const from = at + ((const char*)p.y - (const char*)p.du);
-      u32* const to = mine.y[lane];
-      if constexpr (ALIGNED && !DIM_LAYOUT && STEPS * ITEM >= 4) {
-        copy_async<STEPS * ITEM>(to, from, count > 0 ? STEPS * ITEM : 0);
-      } else {
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-          const u32 v = i < count ? bits(((const scalar*)from)[i * p.grad_step]) : 0u;
-          if (ITEM == 2 && i % 2 == 1) to[i / 2] |= v << 16; else to[i * ITEM / 4] = v;
-        }
-      }
-    };
-    auto finish = [&](const float* from, float skip, float2& so_far) {  // from: a lane's own elements
-      float dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
-      float gb[STEPS], ga[STEPS], y[STEPS];
-#pragma unroll
-      for (int i = 0; i < STEPS; i++) gb[i] = sums.gb.own(i), ga[i] = sums.ga.own(i), y[i] = sums.y.own(i);
-      get(dt, from + ROW_DT * PER_WARP * T), get(dy, from + ROW_DY * PER_WARP * T), get(u, from + ROW_U * PER_WARP * T);
-      get(slope, from + ROW_SLOPE * PER_WARP * T);
-      if (HAS_Z) get(gate, from + ROW_GATE * PER_WARP * T);
-      float2 total = so_far;
-      if (KEEP_Y)
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-          const u32 v = mine.y[lane][i * ITEM / 4];
-          y[i] = ITEM == 2 && i % 2 == 1 ? high(v) : low(v);
-        }
-#pragma unroll
-      for (int i = 0; i < STEPS; i++) {
-        if (SUM_Y && HAS_D) y[i] = fmaf(skip, u[i], y[i]);
-        if (HAS_Z) y[i] *= gate[i];                                              // now dz
-        ga[i] = fmaf(u[i], gb[i], ga[i] * (DTYPE == 0 ? 1.f : LN2)) * slope[i];  // now ddelta
-        gb[i] *= dt[i] * (DTYPE == 0 ? LN2 : 1.f);                               // now du
-        if (HAS_D) gb[i] = fmaf(skip, dy[i], gb[i]), total.x = fmaf(dy[i], u[i], total.x);
-        if (HAS_BIAS) total.y += ga[i];  // slope is 0 where nothing exists
-      }
-      so_far = total;
-      write_own(out_at, gb, p.grad_step, out_count);
-      write_own(out_at + to_ddelta, ga, p.grad_step, out_count);
-      if (HAS_Z) write_own(out_at + to_dz, y, p.grad_step, out_count);
-    };
+    for (int i = 0; i < STEPS; i++) {
+      if (SUM_Y && HAS_D) y[i] = fmaf(skip, u[i], y[i]);
+      if (HAS_Z) y[i] *= gate[i];                                              // now dz
+      ga[i] = fmaf(u[i], gb[i], ga[i] * (DTYPE == 0 ? 1.f : LN2)) * slope[i];  // now ddelta
+      gb[i] *= dt[i] * (DTYPE == 0 ? LN2 : 1.f);                               // now du
+      if (HAS_D) gb[i] = fmaf(skip, dy[i], gb[i]), total.x = fmaf(dy[i], u[i], total.x);
+      if (HAS_BIAS) total.y += ga[i];  // slope is 0 where nothing exists
+    }
+    so_far = total;
+    write_own(out_at, gb, p.grad_step, out_count);
+    write_own(out_at + to_ddelta, ga, p.grad_step, out_count);
+    if (HAS_Z) write_own(out_at + to_dz, y, p.grad_step, out_count);
+  };
 
 #if CHECKPOINT > TILE
-    // The states that enter the tiles of a kept span up to its tile `last`, from the one kept.
-    auto enter_subtiles = [&](int last) {
-      const int top = last % SUBTILES, base = last - top;
-      auto entering = [&](int r, int c) { return shared.enter[(r * WARPS + warp) * GROUPS + c][lane]; };
+  // The states that enter a tile, from those kept before it.
+  auto enter_tile = [&](int tile) {
+    const int before = tile % SUBTILES, base = tile - before;
+#pragma unroll 1
+    for (int c = 0; c < groups; c++) {
+      const i64 d = ch.first + c * PER_WARP + channel;
+      const float* const kept = p.states + ((w.states + w.begin / CHECKPOINT + base / SUBTILES) * p.dim + d) * STATE + s * PER;
+      float h[PER];
+#pragma unroll
+      for (int k = 0; k < PER; k++) h[k] = exists(c) && s * PER + k < STATE ? kept[k] : 0.f;
+      set(mine.enter[c][lane], h);
+    }
+    float* const dt_row = mine.early[0][channel];
+    float* const x_row = mine.early[1][channel];
+#pragma unroll 1
+    for (int r = 0; r < before; r++) {
+      __syncwarp();
+      if constexpr (!CONST_B) Projection<B_AXIS, 0>::store(mine.B, nullptr, row_B(), p.B_state, p.B_step, w.begin + (base + r) * T, T, B_SCALE);
+      float next_u[STEPS], next_delta[STEPS];
+      auto load = [&](int c) {
+        const i64 d = exists(c) ? ch.first + c * PER_WARP + channel : ch.first;
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+          const i64 at = w.first + w.begin + (base + r) * T + step + i, row = batch();
+          next_u[i] = to_float(__ldg((const scalar*)p.u + row * p.u_batch + d * p.u_dim + at * p.u_step));
+          next_delta[i] = to_float(__ldg((const scalar*)p.delta + row * p.delta_batch + d * p.delta_dim + at * p.delta_step));
+        }
+      };
+      load(0);
 #pragma unroll 1
       for (int c = 0; c < groups; c++) {
-        const i64 d = ch.first + within(c) + channel;
-        float h[PER];
+        const float bias = shared.groups[c == 0 ? groups - 1 : c - 1].near[channel].x;
+        float dt[STEPS], x[STEPS], h[PER], A[PER];
 #pragma unroll
-        for (int k = 0; k < PER; k++)
-          h[k] = exists(c) && s * PER + k < STATE ? p.states[((w.states + w.begin / CHECKPOINT + base / SUBTILES) * p.dim + d) * STATE + s * PER + k] : 0.f;
-        set(entering(0, c), h);
-      }
-      float* const dt_row = shared.early[warp][0][channel];
-      float* const x_row = shared.early[warp][1][channel];
-#pragma unroll 1
-      for (int r = 0; r < top; r++) {
-        sync_block();
-        if constexpr (!CONST_B) {
-          typedef Projection<B_AXIS, 0> Now;
-          const int t0 = w.begin + (base + r) * T;
-          Now::store(shared.B, nullptr, row_B(), p.B_state, p.B_step, t0, T, B_SCALE);
+        for (int i = 0; i < STEPS; i++) {
+          const StepSize size = step_size(next_delta[i] + bias);
+          dt[i] = size.dt, x[i] = exists(c) ? next_u[i] * size.factor : 0.f;
         }
-        float next_u[STEPS], next_delta[STEPS];
-        auto load = [&](int c) {
-          const i64 d = exists(c) ? ch.first + within(c) + channel : ch.first;
+        if (c + 1 < groups) load(c + 1);
+        __syncwarp();
+        if (owns) set(dt_row + step, dt), set(x_row + step, x);
+        get(h, mine.enter[c][lane]), get(A, shared.groups[c].A[lane]);
+        __syncwarp();
 #pragma unroll
-          for (int i = 0; i < STEPS; i++) {
-            const i64 at = w.first + w.begin + (base + r) * T + step + i, row = batch();
-            next_u[i] = to_float(__ldg((const scalar*)p.u + row * p.u_batch + d * p.u_dim + at * p.u_step));
-            next_delta[i] = to_float(__ldg((const scalar*)p.delta + row * p.delta_batch + d * p.delta_dim + at * p.delta_step));
+        for (int t4 = 0; t4 < T; t4 += 4) {
+          float dt4[4], x4[4];
+          get(dt4, dt_row + t4), get(x4, x_row + t4);
+#pragma unroll
+          for (int k = 0; k < PER; k++) {
+            float b[4];
+            if constexpr (CONST_B) b[0] = b[1] = b[2] = b[3] = shared.groups[c].fixed_B[0][lane][k];
+            else four(b, mine.B, k, t4);
+#pragma unroll
+            for (int j = 0; j < 4; j++) h[k] = fmaf(decay_of(dt4[j], A[k]), h[k], x4[j] * b[j]);
           }
-        };
-        load(0);
-        sync_block();
-#pragma unroll 1
-        for (int c = 0; c < groups; c++) {
-          const float bias = mine.groups[c == 0 ? groups - 1 : c - 1].near[channel].x;
-          float dt[STEPS], x[STEPS], h[PER], A[PER];
-#pragma unroll
-          for (int i = 0; i < STEPS; i++) {
-            const StepSize size = step_size(next_delta[i] + bias);
-            dt[i] = size.dt, x[i] = exists(c) ? next_u[i] * size.factor : 0.f;
-          }
-          if (c + 1 < groups) load(c + 1);
-          __syncwarp();
-          if (owns) set(dt_row + step, dt), set(x_row + step, x);
-          get(h, entering(r, c)), get(A, mine.groups[c].A[lane]);
-          __syncwarp();
-#pragma unroll
-          for (int t4 = 0; t4 < T; t4 += 4) {
-            float dt4[4], x4[4];
-            get(dt4, dt_row + t4), get(x4, x_row + t4);
-#pragma unroll
-            for (int k = 0; k < PER; k++) {
-              float b[4];
-              if constexpr (CONST_B) b[0] = b[1] = b[2] = b[3] = shared.fixed_B[warp * GROUPS + c][0][lane][k];
-              else four(b, shared.B, k, t4);
-#pragma unroll
-              for (int j = 0; j < 4; j++) h[k] = fmaf(decay_of(dt4[j], A[k]), h[k], x4[j] * b[j]);
-            }
-          }
-          set(entering(r + 1, c), h);
         }
+        set(mine.enter[c][lane], h);
       }
-      sync_block();
-    };
+    }
+    __syncwarp();
+  };
 #endif
 
-    // ---- the walk
-    int ahead_tile = tiles - 1, ahead_c = 0;  // the item to be copied next
-    // Where the lane's pieces of the item to be copied next lie, of inputs and of kept states; what leads over to the next
-    // group's and back to the next tile's first; and which of them exist: of tiles and groups, those below a limit.
-    const char* ahead_from[KEPT_ROUNDS ? KEPT_ROUNDS : 1];
-    const char* ahead_kept = (const char*)(p.states + ((w.states + w.begin / CHECKPOINT + ahead_tile) * p.dim + ch.first + within(0)) * STATE) +
-                             lane * KEPT_COPY;
-    i64 over[KEPT_ROUNDS ? KEPT_ROUNDS : 1], back[KEPT_ROUNDS ? KEPT_ROUNDS : 1];
-    int tiles_below[KEPT_ROUNDS ? KEPT_ROUNDS : 1], groups_below[KEPT_ROUNDS ? KEPT_ROUNDS : 1], kept_below[KEPT_STEPS];
-    int kept_back = -((int)p.dim + (groups - 1) * STRIDE) * STATE * 4;
-    if (ROOMY) keep(kept_back);
-    auto groups_with = [&](int c) { return (count - within(0) - c + STRIDE - 1) / STRIDE; };  // channel c of theirs
+  // ---- the walk
+  int ahead_tile = tiles - 1 - warp, ahead_c = 0;  // the item to be copied next
+  // Where the lane's pieces of the item to be copied next lie, of inputs and of kept states; what leads over to the next
+  // group's and back to the next tile's first; and which of them exist: of tiles and groups, those below a limit.
+  const char* ahead_from[KEPT_ROUNDS ? KEPT_ROUNDS : 1];
+  const char* ahead_kept = (const char*)(p.states + ((w.states + w.begin / CHECKPOINT + ahead_tile) * p.dim + ch.first + 0) * STATE) +
+                           lane * KEPT_COPY;
+  i64 over[KEPT_ROUNDS ? KEPT_ROUNDS : 1], back[KEPT_ROUNDS ? KEPT_ROUNDS : 1];
+  int tiles_below[KEPT_ROUNDS ? KEPT_ROUNDS : 1], groups_below[KEPT_ROUNDS ? KEPT_ROUNDS : 1], kept_below[KEPT_STEPS];
+  i64 kept_back = -(WARPS * p.dim + (groups - 1) * PER_WARP) * STATE * 4;
+  if (ROOMY) keep(kept_back);
+  auto groups_with = [&](int c) { return (count - c + PER_WARP - 1) / PER_WARP; };  // channel c of theirs
 #pragma unroll
-    for (int r = 0; r < KEPT_ROUNDS; r++) {
-      const int i = lane + r * 32 < COPIES ? lane + r * 32 : 0;
-      const int part = i / (LINES * PIECES), line = i / PIECES % LINES, piece = i % PIECES, within_line = piece * COPY / ITEM;
-      const char* const from = address(part, within(0), line, ahead_tile * T);
-      ahead_from[r] = from + piece * COPY;
-      over[r] = address(part, within(1), line, ahead_tile * T) - from;
-      back[r] = address(part, within(0), line, (ahead_tile - 1) * T) - from - (groups - 1) * over[r];
-      tiles_below[r] = lane + r * 32 < COPIES ? (steps - (DIM_LAYOUT ? line : within_line) + T - 1) / T : 0;
-      groups_below[r] = groups_with(DIM_LAYOUT ? within_line : line);
-      if (ROOMY) keep(over[r]), keep(back[r]), keep(tiles_below[r]), keep(groups_below[r]);
-    }
+  for (int r = 0; r < KEPT_ROUNDS; r++) {
+    const int i = lane + r * 32 < COPIES ? lane + r * 32 : 0;
+    const int part = i / (LINES * PIECES), line = i / PIECES % LINES, piece = i % PIECES, within_line = piece * COPY / ITEM;
+    const char* const from = address(part, 0, line, ahead_tile * T);
+    ahead_from[r] = from + piece * COPY;
+    over[r] = address(part, PER_WARP, line, ahead_tile * T) - from;
+    back[r] = address(part, 0, line, (ahead_tile - WARPS) * T) - from - (groups - 1) * over[r];
+    tiles_below[r] = lane + r * 32 < COPIES ? (steps - (DIM_LAYOUT ? line : within_line) + T - 1) / T : 0;
+    groups_below[r] = groups_with(DIM_LAYOUT ? within_line : line);
+    if (ROOMY) keep(over[r]), keep(back[r]), keep(tiles_below[r]), keep(groups_below[r]);
+  }
 #pragma unroll
-    for (int r = 0; r < KEPT_STEPS; r++) {
-      const int i = lane + r * 32;
-      kept_below[r] = groups_with(i / KEPT_PIECES);
-      if (ROOMY) keep(kept_below[r]);
-    }
-    // where in the first slot of the ring this lane's pieces go, and its steps and states lie
-    unsigned char* const copy_to = pinned(mine.ring[0] + lane * COPY);
-    unsigned char* const keep_to = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * KEPT_COPY);
-    const unsigned char* const own_raw = pinned(mine.ring[0] + (DIM_LAYOUT ? step * LINE_BYTES + channel * ITEM : channel * LINE_BYTES + step * ITEM));
-    const unsigned char* const own_kept = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * PER * 4);
-    auto fetch_next = [&](int slot) {  // slot: where it begins in the ring
-      if constexpr (KEPT_ROUNDS == 0) {
-        if (ahead_tile >= 0) fetch_item(mine.ring[0] + slot, ahead_tile, ahead_c);
-      } else {
+  for (int r = 0; r < KEPT_STEPS; r++) {
+    const int i = lane + r * 32;
+    kept_below[r] = groups_with(i / KEPT_PIECES);
+    if (ROOMY) keep(kept_below[r]);
+  }
+  // where in the first slot of the ring this lane's pieces go, and its steps and states lie
+  unsigned char* const copy_to = pinned(mine.ring[0] + lane * COPY);
+  unsigned char* const keep_to = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * KEPT_COPY);
+  const unsigned char* const own_raw = pinned(mine.ring[0] + (DIM_LAYOUT ? step * LINE_BYTES + channel * ITEM : channel * LINE_BYTES + step * ITEM));
+  const unsigned char* const own_kept = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * PER * 4);
+  auto fetch_next = [&](int slot) {  // slot: where it begins in the ring
+    if constexpr (KEPT_ROUNDS == 0) {
+      if (ahead_tile >= 0) fetch_item(mine.ring[0] + slot, ahead_tile, ahead_c);
+    } else {
 #pragma unroll
-        for (int r = 0; r < KEPT_ROUNDS; r++)
-          if (COPIES % 32 == 0 || lane + r * 32 < COPIES)
-            copy_async_or_zero<COPY>((unsigned)ahead_tile < (unsigned)tiles_below[r] && ahead_c < groups_below[r],
-                                     copy_to + slot + r * 32 * COPY, ahead_from[r]);
-        if constexpr (SUBTILES == 1) {
+      for (int r = 0; r < KEPT_ROUNDS; r++)
+        if (COPIES % 32 == 0 || lane + r * 32 < COPIES)
+          copy_async_or_zero<COPY>((unsigned)ahead_tile < (unsigned)tiles_below[r] && ahead_c < groups_below[r],
+                                   copy_to + slot + r * 32 * COPY, ahead_from[r]);
+      if constexpr (SUBTILES == 1) {
 #pragma unroll
-          for (int r = 0; r < KEPT_STEPS; r++) {
-            const int i = lane + r * 32, line = i / KEPT_PIECES;
-            unsigned char* const to = STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY
-                                                      : mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
-            if (PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES)
-              copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r], to, ahead_kept + r * 32 * KEPT_COPY);
-          }
+        for (int r = 0; r < KEPT_STEPS; r++) {
+          const int i = lane + r * 32, line = i / KEPT_PIECES;
+          unsigned char* const to = STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY
+                                                    : mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
+          if (PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES)
+            copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r], to, ahead_kept + r * 32 * KEPT_COPY);
         }
       }
-      copies_commit();
-      const bool wrap = ++ahead_c == groups;
-#pragma unroll
-      for (int r = 0; r < KEPT_ROUNDS; r++) ahead_from[r] += wrap ? back[r] : over[r];
-      ahead_kept += wrap ? kept_back : STRIDE * STATE * 4;
-      ahead_c = wrap ? 0 : ahead_c, ahead_tile -= wrap;
-    };
-    // the item at hand: its slot of the ring and the one before, its elements and those of the item before or after
-    constexpr int HALF = ROWS * PER_WARP * T;
-    int slot = 0, last_slot = (RING - 1) * SLOT_BYTES;
-    int half = 0;
-    float* const own_elements = (float*)pinned(&mine.elements[0][0][channel][step]);
-    const float* const own_rows = (const float*)pinned(&mine.elements[0][0][channel][0]);
-
-    if (tiles > 0) {
-      fetch_bc(tiles - 1);
-#pragma unroll 1
-      for (int i = 0; i < RING - 1; i++) fetch_next(i * SLOT_BYTES);
-      copies_wait<RING - 2>();
-      __syncwarp();
-      Elements e;
-      stage_begin(e, own_raw, mine.groups[groups - 1].near[channel].x, tiles - 1, 0), stage_end(e);
-      stage_tail(e, steps - (tiles - 1) * T - step);
-      put(own_elements, e);
-      for (int i = lane; i < HALF; i += 32) (&mine.elements[1][0][0][0])[i] = 0.f;  // finished first, to be overwritten
     }
+    copies_commit();
+    const bool wrap = ++ahead_c == groups;
+#pragma unroll
+    for (int r = 0; r < KEPT_ROUNDS; r++) ahead_from[r] += wrap ? back[r] : over[r];
+    ahead_kept += wrap ? kept_back : PER_WARP * STATE * 4;
+    ahead_c = wrap ? 0 : ahead_c, ahead_tile -= wrap ? WARPS : 0;
+  };
+  // the item at hand: its slot of the ring and the one before, its elements and those of the item before or after
+  constexpr int HALF = ROWS * PER_WARP * T;
+  int slot = 0, last_slot = (RING - 1) * SLOT_BYTES;
+  int half = 0;
+  float* const own_elements = (float*)pinned(&mine.elements[0][0][channel][step]);
+  const float* const own_rows = (const float*)pinned(&mine.elements[0][0][channel][0]);
+
+  const int last_tile = tiles - 1 - warp;
+  if (last_tile >= 0) {
+    fetch_bc(last_tile);
 #pragma unroll 1
-    for (int tile = tiles - 1; tile >= 0; tile--) {
+    for (int i = 0; i < RING - 1; i++) fetch_next(i * SLOT_BYTES);
+    copies_wait<RING - 2>();
+    __syncwarp();
+    Elements e;
+    stage_begin(e, own_raw, shared.groups[groups - 1].near[channel].x, last_tile, 0), stage_end(e);
+    stage_tail(e, steps - last_tile * T - step);
+    put(own_elements, e);
+    for (int i = lane; i < HALF; i += 32) (&mine.elements[1][0][0][0])[i] = 0.f;  // finished first, to be overwritten
+  }
+  int round = warp > 0 ? 0 : 1;  // parity of the turns that this warp has had of each group; nobody comes before its first
+#pragma unroll 1
+  for (int tile = last_tile; tile >= 0; tile -= WARPS, round ^= 1) {
 #if CHECKPOINT > TILE
-      if (tile == tiles - 1 || tile % SUBTILES == SUBTILES - 1) enter_subtiles(tile);
+    enter_tile(tile);
 #endif
-      copies_wait<0>();
-      store_bc(tile);
-      sync_block();
-      if (tile > 0) fetch_bc(tile - 1);
-      int left = steps - tile * T - step;
-      if (ROOMY) keep(left);
+    copies_wait<0>();
+    store_bc(tile);
+    __syncwarp();
+    if (tile >= WARPS) fetch_bc(tile - WARPS);
+    int left = steps - tile * T - step;
+    if (ROOMY) keep(left);
 
-      float sum_B[PER][T], sum_C[PER][T];  // dB and dC
+    float sum_B[PER][T], sum_C[PER][T];  // dB and dC
 #pragma unroll
-      for (int k = 0; k < PER; k++)
+    for (int k = 0; k < PER; k++)
 #pragma unroll
-        for (int t = 0; t < T; t++) sum_B[k][t] = sum_C[k][t] = 0.f;
+      for (int t = 0; t < T; t++) sum_B[k][t] = sum_C[k][t] = 0.f;
 
-      char* out_next = first_out(tile);
-      Group* group = mine.groups + (GROUPS == 1 ? here() : 0);  // or all of a single group is kept in registers
-      float2* last_sums = &mine.groups[groups - 1].sums[lane];
+    char* out_next = first_out(tile);
+    Group* group = shared.groups + (GROUPS == 1 ? here() : 0);  // or all of a single group is kept in registers
+    Turn *own_turn = shared.turns[warp], *next_turn = shared.turns[warp + 1 < WARPS ? warp + 1 : 0];
+    float2* last_sums = &shared.groups[groups - 1].sums[lane];
 #pragma unroll 1
-      for (int c = 0; c < groups; c++, group++) {
-        copies_wait<KEEP_Y ? 0 : RING - 3>();
-        __syncwarp();
-        fetch_next(last_slot);
-        const float* const rows = own_rows + half;
-        float* const others = own_elements + (HALF - half);
-        const float* const kept = SUBTILES == 1 ? (const float*)(own_kept + slot)
-                                                : shared.enter[SUBTILES > 1 ? (tile % SUBTILES * WARPS + warp) * GROUPS + c : 0][SUBTILES > 1 ? lane : 0];
-        last_slot = slot;
-        slot = slot == (RING - 1) * SLOT_BYTES ? 0 : slot + SLOT_BYTES;
-        float A[PER], h[PER], b_fixed[PER], c_fixed[PER];
-        get(A, group->A[lane]), get(h, kept);
-        const float2 near = group->near[channel];
-        if constexpr (CONST_B) get(b_fixed, shared.fixed_B[warp * GROUPS + c][0][lane]);
-        if constexpr (CONST_C) get(c_fixed, shared.fixed_C[warp * GROUPS + c][0][lane]);
+    for (int c = 0; c < groups; c++, group++, own_turn++, next_turn++) {
+      copies_wait<KEEP_Y ? 0 : RING - 3>();
+      if (WARPS > 1) own_turn->wait(round);
+      __syncwarp();
+      fetch_next(last_slot);
+      const float* const rows = own_rows + half;
+      float* const others = own_elements + (HALF - half);
+      const float* const kept = SUBTILES == 1 ? (const float*)(own_kept + slot) : mine.enter[SUBTILES > 1 ? c : 0][SUBTILES > 1 ? lane : 0];
+      last_slot = slot;
+      slot = slot == (RING - 1) * SLOT_BYTES ? 0 : slot + SLOT_BYTES;
+      float A[PER], h[PER], b_fixed[PER], c_fixed[PER];
+      get(A, group->A[lane]), get(h, kept);
+      const float2 near = group->near[channel];
+      if constexpr (CONST_B) get(b_fixed, group->fixed_B[0][lane]);
+      if constexpr (CONST_C) get(c_fixed, group->fixed_C[0][lane]);
 
-        // ---- forward, a quad of steps at a time, each with a part of the other work: the special-function unit, which
-        // takes eight times as long as the others, is then busy throughout
-        float decay[PER][T], before[PER][T], dt[2][4], x[2][4], b[2][PER][4];  // of two quads
-        auto load_quad = [&](int q) {
-          get(dt[q % 2], rows + ROW_DT * PER_WARP * T + q * 4), get(x[q % 2], rows + ROW_X * PER_WARP * T + q * 4);
-#pragma unroll
-          for (int k = 0; k < PER; k++) {
-            if constexpr (CONST_B) b[q % 2][k][0] = b[q % 2][k][1] = b[q % 2][k][2] = b[q % 2][k][3] = b_fixed[k];
-            else four(b[q % 2][k], shared.B, k, q * 4);
-          }
-        };
-        Elements next;
-        if (LOAD_AHEAD) load_quad(0);
-#pragma unroll
-        for (int q = 0; q < QUADS; q++) {
-          if (!LOAD_AHEAD) load_quad(q);
-          else if (q + 1 < QUADS) load_quad(q + 1);
-          if (q == 0) finish(others, near.y, *last_sums);
-          if (q == QUADS / 2) {
-            out_at = out_next, out_next += out_over;
-            out_count = c < own_groups ? left : 0;
-            if (KEEP_Y) fetch_y(out_at, out_count), copies_commit();
-            stage_begin(next, own_raw + slot, near.x, c + 1 == groups ? tile - 1 : tile, c + 1 == groups ? 0 : c + 1);
-          }
-          if (q == QUADS * 3 / 4) {
-            stage_end(next);
-            stage_tail(next, c + 1 == groups ? STEPS : left);  // a further tile has all its steps
-          }
-#pragma unroll
-          for (int k = 0; k < PER; k++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-              const int t = q * 4 + j;
-              before[k][t] = h[k];
-              decay[k][t] = decay_of(dt[q % 2][j], A[k]);
-              h[k] = fmaf(decay[k][t], h[k], x[q % 2][j] * b[q % 2][k][j]);
-            }
-          if (!ROOMY && q + 1 < QUADS) __syncwarp();  // what is loaded for the next quad stays behind it: fewer registers
-        }
-        put(others, next);
-        __syncwarp();
-
-        // ---- backward
-        float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER];
-        get(carried, group->carried[lane]);
-#pragma unroll
-        for (int k = 0; k < PER; k++) g[k] = carried[k], dA[k] = dB_fixed[k] = dC_fixed[k] = 0.f;
-#pragma unroll
-        for (int t4 = T - 4; t4 >= 0; t4 -= 4) {
-          const int q = t4 / 4;
-          float dy[4], cc[PER][4], gb[4], ga[4], y[4];
-          if (q < QUADS - 1) load_quad(q);  // the last is still there
-          get(dy, rows + ROW_DY * PER_WARP * T + t4);
-#pragma unroll
-          for (int k = 0; k < PER; k++) {
-            if constexpr (CONST_C) cc[k][0] = cc[k][1] = cc[k][2] = cc[k][3] = c_fixed[k];
-            else four(cc[k], shared.C, k, t4);
-          }
-#pragma unroll
-          for (int j = 3; j >= 0; j--) {
-            const int t = t4 + j;
-#pragma unroll
-            for (int k = 0; k < PER; k++) {
-              if (SUM_Y) y[j] = k == 0 ? cc[0][j] * h[0] : fmaf(cc[k][j], h[k], y[j]);
-              if constexpr (CONST_C) dC_fixed[k] = fmaf(dy[j], h[k], dC_fixed[k]);
-              else sum_C[k][t] = fmaf(dy[j], h[k], sum_C[k][t]);
-              h[k] = before[k][t];
-              const float adjoint = fmaf(cc[k][j], dy[j], g[k]);
-              gb[j] = k == 0 ? adjoint * b[q % 2][0][j] : fmaf(adjoint, b[q % 2][k][j], gb[j]);
-              if constexpr (CONST_B) dB_fixed[k] = fmaf(adjoint, x[q % 2][j], dB_fixed[k]);
-              else sum_B[k][t] = fmaf(adjoint, x[q % 2][j], sum_B[k][t]);
-              g[k] = decay[k][t] * adjoint;
-              const float through = g[k] * h[k];
-              ga[j] = k == 0 ? A[0] * through : fmaf(A[k], through, ga[j]);
-              dA[k] = fmaf(dt[q % 2][j], through, dA[k]);
-            }
-          }
-          sums.gb.add(q, gb, lane), sums.ga.add(q, ga, lane);
-          if (SUM_Y) sums.y.add(q, y, lane);
-          if (!ROOMY && t4 > 0) __syncwarp();
-        }
-#pragma unroll
-        for (int k = 0; k < PER; k++) carried[k] = g[k], carried[PER + k] += dA[k];  // a tile at a time: long sums lose less
-        set(group->carried[lane], carried);
-        if constexpr (CONST_B) {
-          float* const at = shared.fixed_B[warp * GROUPS + c][1][lane];
-#pragma unroll
-          for (int k = 0; k < PER; k++) at[k] += dB_fixed[k];
-        }
-        if constexpr (CONST_C) {
-          float* const at = shared.fixed_C[warp * GROUPS + c][1][lane];
-#pragma unroll
-          for (int k = 0; k < PER; k++) at[k] += dC_fixed[k];
-        }
-        half = HALF - half;
-        last_sums = &group->sums[lane];
-      }
-
-      // ---- dB and dC of the tile: summed over the warp's channels, then to device memory
-      auto leave = [&](float (&sum)[PER][T], float* to, float scale) {
+      // ---- forward, a quad of steps at a time, each with a part of the other work: the special-function unit, which
+      // takes eight times as long as the others, is then busy throughout
+      float decay[PER][T], before[PER][T], dt[2][4], x[2][4], b[2][PER][4];  // of two quads
+      auto load_quad = [&](int q) {
+        get(dt[q % 2], rows + ROW_DT * PER_WARP * T + q * 4), get(x[q % 2], rows + ROW_X * PER_WARP * T + q * 4);
 #pragma unroll
         for (int k = 0; k < PER; k++) {
-          sum_channels(sum[k], lane);
-          const int count = s * PER + k < STATE && channel % ALIKE == 0 ? steps - tile * T - own_share(channel) : 0;
-          float* const at = to + k * p.length + tile * T;
-#pragma unroll
-          for (int i = 0; i < SHARE; i += 4) {
-            float v[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) v[j] = i + j < SHARE ? sum[k][i + j < SHARE ? i + j : 0] * scale : 0.f;
-            deposit(at + i, make_float4(v[0], v[1], v[2], v[3]), count - i < SHARE - i ? count - i : SHARE - i);
-          }
+          if constexpr (CONST_B) b[q % 2][k][0] = b[q % 2][k][1] = b[q % 2][k][2] = b[q % 2][k][3] = b_fixed[k];
+          else four(b[q % 2][k], mine.B, k, q * 4);
         }
       };
-      if constexpr (!CONST_B) leave(sum_B, mine.to_dB[lane], DTYPE == 0 ? 1.f : LN2);
-      if constexpr (!CONST_C) leave(sum_C, mine.to_dC[lane], 1.f);
-      sync_block();  // nobody needs B and C any more
+      Elements next;
+      if (LOAD_AHEAD) load_quad(0);
+#pragma unroll
+      for (int q = 0; q < QUADS; q++) {
+        if (!LOAD_AHEAD) load_quad(q);
+        else if (q + 1 < QUADS) load_quad(q + 1);
+        if (q == 0) finish(others, near.y, *last_sums);
+        if (q == QUADS / 2) {
+          out_at = out_next, out_next += out_over;
+          out_count = c < own_groups ? left : 0;
+          if (KEEP_Y) fetch_y(out_at, out_count), copies_commit();
+          stage_begin(next, own_raw + slot, near.x, c + 1 == groups ? tile - WARPS : tile, c + 1 == groups ? 0 : c + 1);
+        }
+        if (q == QUADS * 3 / 4) {
+          stage_end(next);
+          stage_tail(next, c + 1 == groups ? STEPS : left);  // a further tile has all its steps
+        }
+#pragma unroll
+        for (int k = 0; k < PER; k++)
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const int t = q * 4 + j;
+            before[k][t] = h[k];
+            decay[k][t] = decay_of(dt[q % 2][j], A[k]);
+            h[k] = fmaf(decay[k][t], h[k], x[q % 2][j] * b[q % 2][k][j]);
+          }
+        if (!ROOMY && q + 1 < QUADS) __syncwarp();  // what is loaded for the next quad stays behind it: fewer registers
+      }
+      put(others, next);
+      __syncwarp();
+
+      // ---- backward
+      float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER];
+      get(carried, group->carried[lane]);
+#pragma unroll
+      for (int k = 0; k < PER; k++) g[k] = carried[k], dA[k] = dB_fixed[k] = dC_fixed[k] = 0.f;
+#pragma unroll
+      for (int t4 = T - 4; t4 >= 0; t4 -= 4) {
+        const int q = t4 / 4;
+        float dy[4], cc[PER][4], gb[4], ga[4], y[4];
+        if (q < QUADS - 1) load_quad(q);  // the last is still there
+        get(dy, rows + ROW_DY * PER_WARP * T + t4);
+#pragma unroll
+        for (int k = 0; k < PER; k++) {
+          if constexpr (CONST_C) cc[k][0] = cc[k][1] = cc[k][2] = cc[k][3] = c_fixed[k];
+          else four(cc[k], mine.C, k, t4);
+        }
+#pragma unroll
+        for (int j = 3; j >= 0; j--) {
+          const int t = t4 + j;
+#pragma unroll
+          for (int k = 0; k < PER; k++) {
+            if (SUM_Y) y[j] = k == 0 ? cc[0][j] * h[0] : fmaf(cc[k][j], h[k], y[j]);
+            if constexpr (CONST_C) dC_fixed[k] = fmaf(dy[j], h[k], dC_fixed[k]);
+            else sum_C[k][t] = fmaf(dy[j], h[k], sum_C[k][t]);
+            h[k] = before[k][t];
+            const float adjoint = fmaf(cc[k][j], dy[j], g[k]);
+            gb[j] = k == 0 ? adjoint * b[q % 2][0][j] : fmaf(adjoint, b[q % 2][k][j], gb[j]);
+            if constexpr (CONST_B) dB_fixed[k] = fmaf(adjoint, x[q % 2][j], dB_fixed[k]);
+            else sum_B[k][t] = fmaf(adjoint, x[q % 2][j], sum_B[k][t]);
+            g[k] = decay[k][t] * adjoint;
+            const float through = g[k] * h[k];
+            ga[j] = k == 0 ? A[0] * through : fmaf(A[k], through, ga[j]);
+            dA[k] = fmaf(dt[q % 2][j], through, dA[k]);
+          }
+        }
+        sums.gb.add(q, gb, lane), sums.ga.add(q, ga, lane);
+        if (SUM_Y) sums.y.add(q, y, lane);
+        if (!ROOMY && t4 > 0) __syncwarp();
+      }
+#pragma unroll
+      for (int k = 0; k < PER; k++) carried[k] = g[k], carried[PER + k] += dA[k];  // a tile at a time: long sums lose less
+      set(group->carried[lane], carried);
+      if constexpr (CONST_B) {
+        float* const at = group->fixed_B[1][lane];
+#pragma unroll
+        for (int k = 0; k < PER; k++) at[k] += dB_fixed[k];
+      }
+      if constexpr (CONST_C) {
+        float* const at = group->fixed_C[1][lane];
+#pragma unroll
+        for (int k = 0; k < PER; k++) at[k] += dC_fixed[k];
+      }
+      half = HALF - half;
+      last_sums = &group->sums[lane];
+      if (WARPS > 1) {
+        __syncwarp();
+        if (lane == 0) next_turn->pass();
+      }
     }
 
-    // ---- what is summed over the whole span
-    if (tiles > 0) {
-      copies_wait<0>();
-      __syncwarp();
-      finish(own_elements + (HALF - half), mine.groups[0].near[channel].y, mine.groups[groups - 1].sums[lane]);
-    }
-    copies_wait<0>();
-    const i64 part = PARTIALS ? task.slot * p.dim : 0;
-#pragma unroll 1
-    for (int c = 0; c < groups; c++) {
-      const int d = ch.first + within(c) + channel;
-      float2 total = owns ? mine.groups[c].sums[lane] : make_float2(0.f, 0.f);
-#pragma unroll
-      for (int m = 1; m < LANES; m <<= 1) {
-        total.x += __shfl_xor_sync(0xffffffffu, total.x, m);
-        total.y += __shfl_xor_sync(0xffffffffu, total.y, m);
-      }
-      if (!exists(c)) continue;
-      if (HAS_D && s == 0) deposit(p.dD + part + d, total.x);
-      if (HAS_BIAS && s == 0) deposit(p.ddelta_bias + part + d, total.y);
+    // ---- dB and dC of the tile: summed over the warp's channels, then to device memory
+    auto leave = [&](float (&sum)[PER][T], float* to, float scale) {
 #pragma unroll
       for (int k = 0; k < PER; k++) {
-        const int n = s * PER + k;
-        if (n >= STATE) break;
-        const i64 at = (i64)d * STATE + n;
-        const float g = mine.groups[c].carried[lane][k];
-        deposit(p.dA + part * STATE + at, LN2 * mine.groups[c].carried[lane][PER + k]);  // dt in the sum was Δ log2(e)
-        if constexpr (CONST_B) deposit(p.dB + part * STATE + at, shared.fixed_B[warp * GROUPS + c][1][lane][k] * (DTYPE == 0 ? 1.f : LN2));
-        if constexpr (CONST_C) deposit(p.dC + part * STATE + at, shared.fixed_C[warp * GROUPS + c][1][lane][k]);
-        if (w.split == 0) {
-          if (p.dinitial_state) p.dinitial_state[(i64)w.row * p.dim * STATE + at] = g;
-        } else if (CHAIN) {
-          __stcg(p.span_end + (task.slot - 1) * p.dim * STATE + at, g);
+        sum_channels(sum[k], lane);
+        const int count = s * PER + k < STATE && channel % ALIKE == 0 ? steps - tile * T - own_share(channel) : 0;
+        float* const at = to + k * p.length + tile * T;
+#pragma unroll
+        for (int i = 0; i < SHARE; i += 4) {
+          float v[4];
+#pragma unroll
+          for (int j = 0; j < 4; j++) v[j] = i + j < SHARE ? sum[k][i + j < SHARE ? i + j : 0] * scale : 0.f;
+          deposit(at + i, make_float4(v[0], v[1], v[2], v[3]), count - i < SHARE - i ? count - i : SHARE - i);
         }
       }
+    };
+    if constexpr (!CONST_B) leave(sum_B, mine.to_dB[lane], DTYPE == 0 ? 1.f : LN2);
+    if constexpr (!CONST_C) leave(sum_C, mine.to_dC[lane], 1.f);
+    __syncwarp();  // nobody needs B and C any more
+  }
+
+  // ---- the last item, in a turn of the first group's, so that sums have an order
+  copies_wait<0>();
+  if (WARPS > 1) shared.turns[warp][0].wait(round);
+  __syncwarp();
+  if (last_tile >= 0) finish(own_elements + (HALF - half), shared.groups[0].near[channel].y, shared.groups[groups - 1].sums[lane]);
+  if (WARPS > 1) {
+    __syncwarp();
+    if (lane == 0) shared.turns[warp + 1 < WARPS ? warp + 1 : 0][0].pass();
+  }
+  __syncthreads();
+
+  // ---- what is summed over the whole span
+  const i64 part = PARTIALS ? task.slot * p.dim : 0;
+#pragma unroll 1
+  for (int c = warp; c < groups; c += WARPS) {
+    const int d = ch.first + c * PER_WARP + channel;
+    float2 total = owns ? shared.groups[c].sums[lane] : make_float2(0.f, 0.f);
+#pragma unroll
+    for (int m = 1; m < LANES; m <<= 1) {
+      total.x += __shfl_xor_sync(0xffffffffu, total.x, m);
+      total.y += __shfl_xor_sync(0xffffffffu, total.y, m);
     }
-#if CHAIN
-    if (w.split > 0) {
-      __threadfence();
-      sync_block();
-      int* const ready = (int*)p.tickets + 1 + (task.slot - 1) * p.blocks + task.block;
-      if (tid == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(ready), "r"(1) : "memory");
+    if (!exists(c)) continue;
+    if (HAS_D && s == 0) deposit(p.dD + part + d, total.x);
+    if (HAS_BIAS && s == 0) deposit(p.ddelta_bias + part + d, total.y);
+#pragma unroll
+    for (int k = 0; k < PER; k++) {
+      const int n = s * PER + k;
+      if (n >= STATE) break;
+      const i64 at = (i64)d * STATE + n;
+      const float g = shared.groups[c].carried[lane][k];
+      deposit(p.dA + part * STATE + at, LN2 * shared.groups[c].carried[lane][PER + k]);  // dt in the sum was Δ log2(e)
+      if constexpr (CONST_B) deposit(p.dB + part * STATE + at, shared.groups[c].fixed_B[1][lane][k] * (DTYPE == 0 ? 1.f : LN2));
+      if constexpr (CONST_C) deposit(p.dC + part * STATE + at, shared.groups[c].fixed_C[1][lane][k]);
+      if (w.split == 0 && p.dinitial_state) p.dinitial_state[(i64)w.row * p.dim * STATE + at] = g;
     }
-#endif
   }
 }

@@ -443,6 +443,26 @@ DEVICE void read(Raw& r, u32* raw) {
   }
 }
 
+// Turns that warps take at what they share in shared memory: one warp passes a turn, another waits for it, and what the
+// first did before is in order before what the second does after. The n-th wait, from 0 on, is for the n-th pass; it says
+// whether n is odd. A waiting warp must have had its turn before the next is passed to it.
+struct Turn {
+  unsigned long long barrier;
+  DEVICE void begin() { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory"); }
+  DEVICE void pass() {  // by one lane, behind __syncwarp
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(&barrier)) : "memory");
+  }
+  DEVICE void wait(int odd) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}" ::"r"(shared_address(&barrier)), "r"(odd) : "memory");
+#else
+    asm volatile(
+        "{.reg .pred p; again: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}" ::"r"(shared_address(&barrier)), "r"(odd) : "memory");
+#endif
+  }
+};
+
 // A warp's tile of float32 values [channel][step] in shared memory, padded so that a channel's steps, read by all its
 // lanes, and a lane's own elements meet no bank twice.
 constexpr int QUADS = TILE / 4;

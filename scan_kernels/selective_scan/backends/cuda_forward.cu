@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     task.ch = channels(p, task.block);
   }
   __syncthreads();
-  if (!task.there) return;
+  if (!task.there || (MODE == 1 && task.w.end == task.w.length) || (MODE == 2 && task.w.begin == 0)) return;  // entered by none
   const Span& w = task.w;
   const i64& slot = task.slot;
   const int begin = w.begin, end = w.end, batch = PACKED ? 0 : w.row;
@@ -556,8 +556,8 @@ extern "C" __global__ void __launch_bounds__(256) combine(const Params p) {
   float h = entering ? entering[i] : 0.f;
   for (i64 k = 0; k < count; k++) {
     i64 slot = first + (MODE == 2 ? count - 1 - k : k);
-    float leave = p.span_end[slot * per_row + at];
+    const float leave = k + 1 < count ? p.span_end[slot * per_row + at] : 0.f;  // nobody enters behind the last
     p.span_end[slot * per_row + at] = h;
-    h = h == 0.f ? leave : fmaf(decay_of(p.span_time[slot * p.dim + d], p.A[at]), h, leave);  // 0 stays 0 where A > 0 overflows
+    if (k + 1 < count) h = h == 0.f ? leave : fmaf(decay_of(p.span_time[slot * p.dim + d], p.A[at]), h, leave);  // 0 stays 0 where A > 0 overflows
   }
 }
