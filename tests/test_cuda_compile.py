@@ -255,7 +255,7 @@ def test_every_kind_of_kernel_is_compiled():
     for arch in seen:
         assert seen[arch]["MODE"] == {cuda.SCAN, cuda.LEAVE, cuda.ADJOINT}
         assert seen[arch]["DTYPE"] == set(cuda.DTYPES.values())
-        for name in ("CHAIN", "PARTIALS", "DIM_LAYOUT", "ALIGNED", "B_ALIGNED"):
+        for name in ("PARTIALS", "DIM_LAYOUT", "ALIGNED", "B_ALIGNED"):
             assert seen[arch][name] == {0, 1}, (arch, name)
     values = {name: set().union(*(s.get(name, set()) for s in seen.values())) for name in seen[H100.arch]}
     assert values["LANES"] >= {1, 2, 4, 8, 16, 32}

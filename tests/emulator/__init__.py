@@ -36,16 +36,15 @@ INSTRUCTIONS = {
     "mbarrier.init": "turn_begin(&barrier);",
     "mbarrier.arrive": "turn_pass(&barrier);",
     "_wait.parity": "turn_wait(&barrier, odd);",
-    "bar.sync": "barrier_sync(1 + warp);",
-    "bar.arrive": "barrier_arrive(1 + warp);",
     '"" :': "",
 }
 PHRASES = {
     "extern __shared__ __align__(16) float shared[];": "float* const shared = emulated_shared;",
     "extern __shared__ __align__(16) unsigned char memory[];": "auto memory = (unsigned char*)emulated_shared;",
-    "__shared__ Task task;": "static Task task;",
+    "__shared__ Task": "static Task",
+    "__shared__ Turn": "static Turn",
     "(u32)__cvta_generic_to_shared(p)": "0",
-    "__builtin_assume(__isGlobal(out));": ";",
+    "__builtin_assume(__isGlobal(": "(void)((",
 }
 FLAGS = ["-std=c++17", "-fPIC", "-w", "-fno-strict-aliasing", "-I", str(HERE)]
 

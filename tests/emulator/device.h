@@ -83,7 +83,7 @@ static std::vector<Fiber> fibers;
 static int current, thread_count;
 static ucontext_t scheduler;
 static float* emulated_shared;
-static Barrier of_block, of_warp[32], meeting[32], named[16];
+static Barrier of_block, of_warp[32], meeting[32];
 static std::mt19937 chance;
 static struct { int x; } blockIdx, blockDim;
 static struct { struct { operator int() const { return current; } } x; } threadIdx;
@@ -107,13 +107,6 @@ static void synchronise(Barrier& b, int threads, bool orders = true) { pass(b, a
 static void __syncthreads() { synchronise(of_block, thread_count); }
 static void __syncwarp() { synchronise(of_warp[current / 32], 32); }
 static void meet() { synchronise(meeting[current / 32], 32, false); }  // lanes stand together, which orders no memory
-static Barrier& barrier_of(int id) {
-  if (id < 1 || id > 15) fail("no such named barrier");
-  meet();
-  return named[id];
-}
-static void barrier_sync(int id) { synchronise(barrier_of(id), 64); }
-static void barrier_arrive(int id) { arrive(barrier_of(id), 64, true); }
 static std::map<void*, Barrier> in_memory;  // mbarriers, each for one arrival
 static void turn_begin(void* at) { in_memory[at] = Barrier(); }
 static void turn_pass(void* at) { arrive(in_memory.at(at), 1, true); }

@@ -30,7 +30,7 @@ static void run_block(int threads) {
     const auto left = std::remove_if(live.begin(), live.end(), [](int i) { return fibers[i].done; });
     if (left != live.end()) idle = 0, live.erase(left, live.end());
   }
-  for (const Barrier& b : named)
+  for (const auto& [at, b] : in_memory)
     if (b.count) fail("a thread arrived at a barrier where nobody waits");
   for (const Fiber& f : fibers)
     for (const auto& group : f.groups)
@@ -48,7 +48,7 @@ extern "C" void emulate(const Params* p, int blocks, int threads, int shared_byt
     races_begin(memory.data(), shared_bytes, threads);
     of_block = Barrier();
     for (auto* each : {of_warp, meeting}) std::fill(each, each + 32, Barrier());
-    std::fill(named, named + 16, Barrier());
+    in_memory.clear();
     run_block(threads);
   }
 }

@@ -23,7 +23,6 @@ FOLDER = Path(__file__).parent
 FORWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"
 BACKWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_backward.cu"
 SCAN, LEAVE, ADJOINT = 0, 1, 2  # MODE of cuda_forward.cu
-MOST_TURNS = 15  # warps of a block that can take turns: each waits at a hardware barrier of its own
 MOST_GROUPS = 64  # groups of channels of a block, backward
 
 
@@ -41,6 +40,7 @@ class Config:
     tile: int  # time steps of a tile; 4 to 64, a power of two
     blocks: int = 1  # blocks that must fit on a multiprocessor: bounds the registers
     splits: int = 1  # parts of a row's time that run in parallel
+    finer: int = 1  # backward: as many times the parts for the pass that finds the adjoints between them
     groups: int = 1  # relay: groups of channels of a block
     relay: int = 0  # 1: warps share a group of channels and take turns in time, as they always do in the backward
     checkpoint: int = 0  # forward: steps between kept states, a multiple of 16; 0: the op's default
@@ -50,8 +50,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.lanes not in (1, 2, 4, 8, 16, 32) or self.tile not in (4, 8, 16, 32, 64):
             raise ValueError(f"config: expected lanes 1..32 and tile 4..64, powers of two, got {self}")
-        if not (1 <= self.warps <= 32 and self.blocks >= 1 and self.splits >= 1 and self.groups >= 1):
-            raise ValueError(f"config: expected warps 1..32 and positive blocks, splits, groups, got {self}")
+        if not 1 <= self.warps <= 32 or min(self.blocks, self.splits, self.finer, self.groups) < 1:
+            raise ValueError(f"config: expected warps 1..32 and positive blocks, splits, finer, groups, got {self}")
         if self.checkpoint % 16:
             raise ValueError(f"config: checkpoint: expected a multiple of 16, got {self.checkpoint}")
         if self.relay not in (0, 1) or (self.groups > 1 and not self.relay):
@@ -151,11 +151,11 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
 
     group = 128 * (3 * per + 2) + room(True, 2 * config.per_warp)
     group += (2 - varying) * 256 * per + varying * 16
-    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 512
+    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 768
     warp += varying * (projection + copied) + (2 - varying) * 32
     warp += room(problem.keep_y, 32 * _ceil(config.steps * item, 4))
     warp += room(recomputed, config.groups * 32 * per) + room(recomputed, 2 * rows)
-    return 96 + _ceil(8 * config.groups * config.warps, 16) * 16 + config.groups * group + config.warps * warp
+    return 112 + _ceil(8 * config.groups * config.warps, 16) * 16 + config.groups * group + config.warps * warp
 
 
 def _valid(problem: Problem, device: Any, config: Config) -> bool:
@@ -166,7 +166,7 @@ def _valid(problem: Problem, device: Any, config: Config) -> bool:
             return False
         if config.relay:
             shares = config.warps % config.groups == 0 and config.warps >= 2 * config.groups
-            if config.tile != 16 or per > 4 or config.warps > MOST_TURNS or not shares or config.splits > 1:
+            if config.tile != 16 or per > 4 or config.warps > 16 or not shares or config.splits > 1:
                 return False
         elif _ceil(per * config.lanes, 4) * config.tile > 4 * config.threads:
             return False  # a thread would hold too many of B and C
@@ -189,7 +189,8 @@ def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, split
     per = _ceil(problem.state, lanes)
     many = per > 4 and (problem.state > 64 or problem.dtype == "float32")
     warps_held = 8 if per > 8 or lanes == 1 else 12 if many else 16 if per > 4 or problem.dtype == "float32" else 20
-    return Config(lanes, warps, tile, blocks=max(1, warps_held // warps), splits=splits)
+    polynomial = 2 if per >= 8 and problem.dtype != "float32" else 0
+    return Config(lanes, warps, tile, max(1, warps_held // warps), splits, polynomial=polynomial)
 
 
 def _relays(problem: Problem, device: Any) -> list[tuple[float, Config]]:
@@ -200,15 +201,11 @@ def _relays(problem: Problem, device: Any) -> list[tuple[float, Config]]:
     for lanes, worth in ((least, 1.0), (2 * least, 0.7)):  # more lanes: more to sum
         groups = problem.rows * problem.groups * _ceil(problem.dim // problem.groups, 32 // lanes) if lanes <= 32 else 0
         held = _ceil(groups, device.units)  # groups of channels on a multiprocessor
-        if not 1 <= held <= MOST_TURNS // 2:
-            continue
-        # a multiprocessor has 64 hardware barriers, or 24 in the generations not named here; a block takes 16 of them
-        blocks = 2 if held % 2 == 0 and device.arch in ("sm_80", "sm_90", "sm_100") else 1
         # as many warps as registers allow without spilling; a single group is faster with more registers a warp
         warps = 8 if problem.state > 16 else 16 if held > 1 else 12
-        turns = min(warps // held, MOST_TURNS * blocks // held)
-        if turns > 1:
-            config = Config(lanes, held // blocks * turns, 16, blocks, groups=held // blocks, relay=1)
+        if 1 <= held <= warps // 2:
+            blocks = 2 - held % 2
+            config = Config(lanes, warps // held * held // blocks, 16, blocks, groups=held // blocks, relay=1)
             found.append((worth * _busy(groups, device.units), config))
     return sorted(found, key=lambda f: -f[0])
 
@@ -268,15 +265,15 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
             fits = (device.shared_memory + 1024) // (shared_bytes(problem, config) + 1024)
             if groups > 1 and fits < blocks:
                 break
-            alike += _backward_splits(problem, config, device.units * max(1, min(blocks, fits)))
+            alike += _backward_splits(problem, config, device.units, max(1, min(blocks, fits)))
         found += sorted(alike, key=lambda f: f[0])[:3]
     return [config for _, config in sorted(found, key=lambda f: f[0])]
 
 
-def _backward_splits(problem: Problem, config: Config, resident: int) -> list[tuple[float, Config]]:
-    """The configuration with its time in one part and in as many as fill the places for ``resident`` blocks once or
-    twice, each with an estimate of the time that it takes, in units of what the work alone would."""
-    work = problem.rows * _block_count(problem, config)
+def _backward_splits(problem: Problem, config: Config, units: int, fits: int) -> list[tuple[float, Config]]:
+    """The configuration with its time in one part and in as many as fill the places for blocks, ``fits`` on each of
+    ``units`` multiprocessors, once or twice, each with an estimate of the time that it takes, in units of what the work alone would."""
+    work, resident = problem.rows * _block_count(problem, config), units * fits
     per_row = problem.length / problem.rows if problem.sequences else problem.length
     longest = max(1, int(per_row // max(64, problem.checkpoint)))
     found = []
@@ -284,18 +281,21 @@ def _backward_splits(problem: Problem, config: Config, resident: int) -> list[tu
         tiles = max(1, per_row / splits / config.tile)
         each = _ceil(int(tiles), config.warps) * config.groups  # items of a warp, which starts an item after another's
         behind = (each + config.warps - 1) * config.warps / (tiles * config.groups)
-        waiting = max(1.0, (config.warps + 1) / config.groups) if config.warps > 1 else 1.0
+        waiting = max(1.0, config.warps / config.groups)
         entering = 0.3 * (splits - 1) / splits  # the pass that finds the adjoints between parts
         filled = problem.rows * problem.dim * splits / (_ceil(work * splits, resident) * resident * config.channels)
-        estimate = behind * waiting * (1 + 0.7 / config.groups) / filled + entering
-        found.append((estimate, dataclasses.replace(config, splits=splits)))
+        estimate = behind * waiting * (1 + 0.9 / config.groups) / filled + entering  # a tile takes 0.9 items more
+        # enough parts for that pass, of two lanes a channel, to fill a GPU twice
+        wanted = 2 * 16 * 16 * units / (problem.rows * problem.dim * splits)
+        finer = max(1, min(round(wanted), int(per_row / splits // max(128, problem.checkpoint)))) if splits > 1 else 1
+        found.append((estimate, dataclasses.replace(config, splits=splits, finer=finer)))
     return found
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
 
 SIZES = (
-    "length", "rows", "dim", "groups", "blocks", "splits", "span", "wide_offsets", "bc_partial", "spread_rows",
+    "length", "rows", "dim", "groups", "blocks", "splits", "span", "finer", "wide_offsets", "bc_partial", "spread_rows",
     *(f"{t}_{axis}" for t in ("u", "delta", "z", "out", "dout", "grad") for axis in ("batch", "dim", "step")),
     *(f"{t}_{axis}" for t in ("B", "C") for axis in ("batch", "group", "state", "step")),
 )  # fmt: skip
@@ -385,11 +385,11 @@ class Variant(NamedTuple):
 
 def _entering(problem: Problem, config: Config) -> tuple[int, Config] | None:
     """(mode, config) of the pass that finds what enters each span; None if time is not cut."""
-    splits, span, _ = _spans(problem, config)
-    if splits == 1:
+    if _spans(problem, config)[0] == 1:
         return None
     if problem.direction == "forward":
         return LEAVE, config
+    span = _finer_spans(problem, config)[1]
     tile = 32 if span % 32 == 0 and problem.state <= 64 else 16
     share = 1 if problem.state == 1 else 8 if span >= 1024 else 4  # states of a lane
     lanes = min(32, _power_of_two(_ceil(problem.state, share)))
@@ -463,7 +463,7 @@ def _pointers(inputs: Inputs, **others: Tensor | None) -> dict[str, int]:
 
 def _spans(problem: Problem, config: Config) -> tuple[int, int, int]:
     """(splits, span in steps, slots): spans are a whole number of tiles and of kept states."""
-    unit = max(_lcm_unit(problem, config.tile), config.tile)
+    unit = max(_lcm_unit(problem, config.tile), config.tile) * config.finer
     longest = problem.length  # of a packed sequence it is not known here: an upper bound
     span = _ceil(_ceil(longest if not problem.sequences else _ceil(longest, problem.rows), config.splits), unit) * unit
     if config.splits == 1 or (not problem.sequences and span >= longest):
@@ -472,6 +472,15 @@ def _spans(problem: Problem, config: Config) -> tuple[int, int, int]:
         return config.splits, span, problem.length // span + problem.rows
     splits = _ceil(longest, span)
     return splits, span, splits * problem.rows
+
+
+def _finer_spans(problem: Problem, config: Config) -> tuple[int, int, int]:
+    """The same for the pass that finds what enters each span."""
+    splits, span, _ = _spans(problem, config)
+    finer = span // config.finer
+    if problem.sequences:
+        return splits * config.finer, finer, problem.length // finer + problem.rows
+    return _ceil(problem.length, finer), finer, _ceil(problem.length, finer) * problem.rows
 
 
 def _lcm_unit(problem: Problem, tile: int) -> int:
@@ -486,17 +495,23 @@ def _block_count(problem: Problem, config: Config) -> int:
 
 
 def _prepare_entering(
-    problem: Problem, first: Variant, sizes: dict[str, int], slots: int
-) -> Callable[[dict[str, int]], None]:
+    problem: Problem, config: Config, first: Variant, sizes: dict[str, int]
+) -> Callable[[Tensor, dict[str, int]], Tensor]:
     """Fill span_end with the state (or adjoint) that enters each span: one state-only pass and `combine`."""
+    splits, span, slots = _finer_spans(problem, config)
+    sizes = sizes | {"splits": splits, "span": span}
     blocks = _block_count(problem, first.config)
     threads = problem.rows * problem.dim * problem.state
     leave = first.kernel().prepare(blocks * slots, first.config.threads, first.shared_bytes, sizes | {"blocks": blocks})
     combine = first.kernel("combine").prepare(_ceil(threads, 256), 256, 0, sizes)
 
-    def enter(pointers: dict[str, int]) -> None:
+    def enter(like: Tensor, pointers: dict[str, int]) -> Tensor:
+        scratch = like.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
+        pointers["span_end"] = scratch.data_ptr()
+        pointers["span_time"] = scratch.data_ptr() + 4 * slots * problem.dim * problem.state
         leave(pointers)
         combine(pointers)
+        return scratch
 
     return enter
 
@@ -524,12 +539,6 @@ def _prepare_spread(
     return spread
 
 
-def _span_pointers(problem: Problem, scratch: Tensor, slots: int) -> dict[str, int]:
-    """Memory of slots*dim*(state + 1) floats for what enters each span, and how long each is."""
-    start = scratch.data_ptr()
-    return {"span_end": start, "span_time": start + 4 * slots * problem.dim * problem.state}
-
-
 def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) -> None:
     """Run the scan. See the module's kernels; ``Outputs`` says what is written."""
     prepare_forward(problem, inputs, outputs, config)(inputs, outputs)
@@ -542,8 +551,8 @@ def prepare_forward(
     (*first, scan), sizes = _describe(problem, inputs, config, {"out": outputs.out})
     splits, span, slots = _spans(problem, config)
     blocks = _block_count(problem, config)
-    sizes |= {"splits": splits, "span": span, "blocks": blocks}
-    enter = _prepare_entering(problem, first[0], sizes, slots) if first else None
+    sizes |= {"splits": splits, "span": span, "blocks": blocks, "finer": 1}
+    enter = _prepare_entering(problem, config, first[0], sizes) if first else None
     spread = _prepare_spread(problem, scan, sizes) if config.relay else None
     launch = scan.kernel().prepare(blocks * slots, config.threads, scan.shared_bytes, sizes)
 
@@ -552,9 +561,7 @@ def prepare_forward(
         if spread is not None:
             rows = spread(inputs.u, pointers)  # noqa: F841 - held until the scan is launched
         if enter is not None:
-            scratch = inputs.u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
-            pointers |= _span_pointers(problem, scratch, slots)
-            enter(pointers)
+            scratch = enter(inputs.u, pointers)  # noqa: F841 - held until the scan is launched
         launch(pointers)
 
     return run
@@ -574,12 +581,12 @@ def prepare_backward(
     (*first, scan), sizes = _describe(problem, inputs, config, {"dout": cotangents.dout, "du": gradients.du})
     splits, span, slots = _spans(problem, config)
     blocks = _block_count(problem, config)
-    sizes |= {"splits": splits, "span": span, "blocks": blocks}
+    sizes |= {"splits": splits, "span": span, "blocks": blocks, "finer": config.finer}
     enter = None
     if first:
         # the adjoint pass walks dout where the forward's walks u
         swapped = {f"u_{axis}": sizes[f"dout_{axis}"] for axis in ("batch", "dim", "step")}
-        enter = _prepare_entering(problem, first[0], sizes | swapped, slots)
+        enter = _prepare_entering(problem, config, first[0], sizes | swapped)
 
     # where the kernel adds (or, deterministic, stores its part of) each sum
     parts: dict[str, tuple[int, ...]] = {}
@@ -599,9 +606,8 @@ def prepare_backward(
             ddelta=g.ddelta, dz=g.dz, dinitial_state=g.dinitial_state,
         )  # fmt: skip
         if enter is not None:
-            scratch = u.new_empty(slots * problem.dim * (problem.state + 1), dtype=torch.float32)
-            pointers |= _span_pointers(problem, scratch, slots)
-            enter(pointers | {"u": pointers["dout"]})
+            scratch = enter(u, swapped := pointers | {"u": pointers["dout"]})  # noqa: F841 - held until the scan is launched
+            pointers["span_end"] = swapped["span_end"]
         sums = {name: total for name in SUMS if (total := getattr(g, name)) is not None}
         if problem.deterministic:
             # a packed slot that no sequence owns stays zero

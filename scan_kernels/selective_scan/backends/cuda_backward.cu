@@ -1,34 +1,35 @@
 // Gradients of the selective scan: the state is recomputed from the states the forward kept, never stored.
 //
-// LANES lanes share a channel, each with PER of its states; a warp holds PER_WARP channels at a time and walks GROUPS
-// such groups of channels, so that a block owns CHANNELS = WARPS PER_WARP GROUPS channels over one span of a row. It
-// walks the span backwards in tiles of TILE steps, and each tile group by group. For such an item, a lane
+// LANES lanes share a channel, each with PER of its states; PER_WARP channels make a group, and a block owns GROUPS groups
+// over one span of a row. Its warps take the span's tiles of TILE steps in turn, last first, and walk all groups of a
+// tile, each an item behind the warp before it: the adjoint of a group passes from warp to warp through shared memory
+// (Turn), so that time runs in parallel as well as channels. For an item, a group of channels over a tile, a lane
 //   copies    u, delta, dout, z and the kept states of the item three ahead, by cp.async, into a ring
 //   finishes  the item before: du, ddelta, dz of the steps it owns, to device memory
 //   stages    the next item: dt = Δ log2(e), x = Δu, dy = dout silu(z) and what `finish` needs, for the steps it owns
 //   sweeps    forward through the tile from the kept state, keeping h and exp(ΔA) of its states in registers; then back:
 //                 G = C dy + g;  dB += G x;  dC += dy h;  g = exp(ΔA) G;  dA += Δ g h'           (h' entering state)
 //             dB and dC of all TILE steps stay in registers over the tile's groups. Σ G B, Σ A g h', Σ C h over the
-//             states go through the tensor cores: a product with a pattern of 0 and 1 sums four values over four lanes
-//             and leaves each lane with steps of its own. Values that are not finite would spread (0 times NaN): an
-//             item that has any takes a slow way.
-// and after the tile's last group the block sums its dB and dC, which then reach device memory.
-// Copies, finish and stage are independent of the sweep around them and fill the gaps of its chains.
+//             states are summed by shuffles that leave each lane with its own steps. (On the tensor cores they take a
+//             quarter of the instructions, but a GPU that uses them lowers its clock: an H100 from 1980 to 1800 MHz.)
+// and after the tile's last group the warp sums its dB and dC over its channels, which then reach device memory.
+// Copies, finish and stage are independent of the sweep around them and fill the gaps of its chains; between the waits
+// for copies and for the turn, an item has no branch.
 //
-// Where states are kept less often than every TILE steps (SUBTILES > 1), the states that enter the tiles of a kept
-// span are recomputed first, into shared memory.
+// Where states are kept less often than every TILE steps (SUBTILES > 1), the states that enter a tile are recomputed
+// first, into shared memory.
 //
-// Time is split over blocks in one of two ways. CHAIN 0: the adjoint that enters each span comes from the scan's
-// MODE 2 and `combine`. CHAIN 1: persistent blocks take (span, row, block) tickets, last span first, and each waits
-// for the adjoint that the following span's block leaves: no extra pass, but only rows x blocks run at a time.
+// Where channels are too few to fill the GPU, time is split over blocks, too; the adjoints that enter the spans come from
+// the scan's MODE 2, over parts `finer` times as many, and `combine`.
 // PARTIALS 1: every block writes its own sums, which the host adds in a fixed order (bitwise repeatable); 0: blocks add
 // theirs atomically.
 //
-// Costs per (state, step) of a lane: 13 FMUL/FFMA (12 without z, or where y is kept), 1 MUFU, 11 shared loads of 16 bytes
-// for PER x 4 of them, 3 HMMA (2) for as many; in all, of bf16 and 16 states, about 700 instructions an item of 32
-// (state, step), 120 of them addresses, selects and branches. Float32 data take 8 more for their decays; all but bfloat16
-// take twice the HMMA, and 2 more, for products in two parts. Registers: 4 PER TILE for dB, dC, h and decays, and about
-// 110, which is why PER x TILE is at most 32. Shared memory moves about 260 times 128 bytes an item.
+// Costs per (state, step) of a lane: 13 FMUL/FFMA (12 without z, or where y is kept), 1 MUFU, 10 shared loads of 16 bytes
+// for PER x 4 of them; per step and channel, of its LANES, 3 x 4 (LANES - 1) / LANES instructions for the sums over states
+// (2 x without z). In all, of bf16 and 16 states, about 815 instructions an item of 32 (state, step), 125 of them
+// addresses, selects and waits, and 400 a tile. Float32 data take 8 more for their decays. Registers: 4 PER TILE for dB,
+// dC, h and decays, and about 110, which is why PER x TILE is at most 32. Shared memory moves about 240 times 128 bytes
+// an item.
 
 constexpr int T = TILE;
 constexpr int SUBTILES = CHECKPOINT / T;
@@ -43,6 +44,7 @@ constexpr int STEPS = LANES < T ? T / LANES : 1;            // that a lane owns 
 // Add (or, for partial sums, store) four neighbours of which `count` exist.
 DEVICE void deposit(float* to, float4 v, int count) {
   if (count <= 0) return;
+  __builtin_assume(__isGlobal(to));  // which an address from shared memory does not show
 #if PARTIALS
   if (count >= 4 && ((size_t)to & 15) == 0) { *(float4*)to = v; return; }
   to[0] = v.x;
@@ -124,8 +126,10 @@ DEVICE void write_own(char* at, const float (&v)[STEPS], i64 step_stride, int co
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; i++)
-      if (i < count)
-        ((scalar*)at)[i * step_stride] = unbits(ITEM == 4 ? words[i * ITEM / 4] : i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu);
+      if (i < count) {
+        const u32 w = words[i * ITEM / 4];
+        ((scalar*)at)[i * step_stride] = unbits(ITEM == 4 ? w : i & 1 ? w >> 16 : w & 0xffffu);
+      }
   }
 }
 
@@ -160,7 +164,8 @@ struct Projection {
       }
     }
   }
-  static DEVICE void store(float* tile, const u32* raw, const scalar* row, i64 state_stride, i64 step_stride, int t0, int count, float scale) {
+  static DEVICE void store(float* tile, const u32* raw, const scalar* row, i64 state_stride, i64 step_stride, int t0, int count,
+                           float scale) {
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
       int n, t;
@@ -258,7 +263,9 @@ struct alignas(16) Group {               // what a block keeps of a group of cha
 struct alignas(16) Warp {
   float elements[2][ROWS][PER_WARP][T];  // of the item at hand, and of the one before or after
   unsigned char ring[RING][SLOT_BYTES];
-  float *to_dB[32], *to_dC[32];          // where the lane's share of a tile's dB and dC goes, of the span's first tile
+  // where, of the span's first tile, the lane's steps of du begin and its share of dB and dC goes
+  i64 out[32];                           // in bytes, from du
+  float *to_dB[32], *to_dC[32];
   alignas(16) float B[CONST_B ? 1 : BC_FLOATS];
   alignas(16) float C[CONST_C ? 1 : BC_FLOATS];
   alignas(16) u32 raw_B[CONST_B ? 1 : Projection_B::RAW];
@@ -270,6 +277,7 @@ struct alignas(16) Warp {
 };
 struct Shared {
   Task task;
+  const void *row_B, *row_C;              // of the row's first step
   Turn turns[WARPS][GROUPS];             // when a warp may have a group
   Group groups[GROUPS];
   Warp warps[WARPS];
@@ -300,6 +308,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     task.there = locate(p, task.slot, task.w);
     task.ch = channels(p, task.block);
   }
+  if (tid == 0 && task.there) {
+    const i64 row = PACKED ? 0 : task.w.row;
+    shared.row_B = (const scalar*)p.B + row * p.B_batch + task.ch.group * p.B_group + task.w.first * p.B_step;
+    shared.row_C = (const scalar*)p.C + row * p.C_batch + task.ch.group * p.C_group + task.w.first * p.C_step;
+  }
   if (WARPS > 1)
     for (int i = lane; i < GROUPS; i += 32) shared.turns[warp][i].begin();
   __syncthreads();
@@ -309,9 +322,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const int steps = w.end - w.begin, tiles = (steps + T - 1) / T, count = ch.count;
   const int groups = (count + PER_WARP - 1) / PER_WARP;  // of channels that exist
   auto batch = [&]() { return PACKED ? 0 : w.row; };
-  auto row_B = [&]() { return (const scalar*)p.B + batch() * p.B_batch + ch.group * p.B_group + w.first * p.B_step; };
-  auto row_C = [&]() { return (const scalar*)p.C + batch() * p.C_batch + ch.group * p.C_group + w.first * p.C_step; };
+  auto row_B = [&]() { return (const scalar*)shared.row_B; };
+  auto row_C = [&]() { return (const scalar*)shared.row_C; };
   auto exists = [&](int c) { return c * PER_WARP + channel < count; };
+
+  // the span of the pass before, `finer` of which make one here, that ends where this one does
+  const i64 finer = p.span / p.finer, rows_first = PACKED ? w.first / finer + w.row : w.row * ((p.length + finer - 1) / finer);
+  const i64 entered = rows_first + w.end / finer - 1;
 
   // what belongs to this lane's channels and states: constants, the adjoint that enters from the right, sums over time
 #pragma unroll 1
@@ -326,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       const i64 at = (i64)d * STATE + n;
       A[k] = real ? p.A[at] : 0.f;
       g[k] = g[PER + k] = 0.f;
-      if (real && p.splits > 1) g[k] = __ldcg(p.span_end + task.slot * p.dim * STATE + at);
+      if (real && w.end < w.length) g[k] = __ldcg(p.span_end + entered * p.dim * STATE + at);
       else if (real && p.last_state) g[k] = p.last_state[(i64)w.row * p.dim * STATE + at];
       fixed[0][k] = CONST_B && real ? ((const float*)p.B)[at] * B_SCALE : 0.f;
       fixed[1][k] = CONST_C && real ? ((const float*)p.C)[at] : 0.f;
@@ -343,7 +360,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   }
 
   const i64 bc_first = PARTIALS ? task.block % (p.blocks / p.groups) * p.bc_partial : 0;
-  const i64 bc_own = bc_first + (((i64)batch() * p.groups + ch.group) * STATE + s * PER) * p.length + w.first + w.begin + own_share(channel);
+  const i64 bc_row = ((i64)batch() * p.groups + ch.group) * STATE + s * PER;
+  const i64 bc_own = bc_first + bc_row * p.length + w.first + w.begin + own_share(channel);
   if (!CONST_B) mine.to_dB[lane] = p.dB + bc_own;
   if (!CONST_C) mine.to_dC[lane] = p.dC + bc_own;
 
@@ -355,7 +373,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const i64 batch_stride = part == 0 ? p.u_batch : part == 1 ? p.delta_batch : part == 2 ? p.dout_batch : p.z_batch;
     const i64 dim_stride = part == 0 ? p.u_dim : part == 1 ? p.delta_dim : part == 2 ? p.dout_dim : p.z_dim;
     const i64 step_stride = part == 0 ? p.u_step : part == 1 ? p.delta_step : part == 2 ? p.dout_step : p.z_step;
-    return (const char*)((const scalar*)base + batch() * batch_stride + (ch.first + first_channel + (DIM_LAYOUT ? 0 : line)) * dim_stride +
+    return (const char*)((const scalar*)base + batch() * batch_stride +
+                         (ch.first + first_channel + (DIM_LAYOUT ? 0 : line)) * dim_stride +
                          (w.first + w.begin + t0 + (DIM_LAYOUT ? line : 0)) * step_stride);
   };
   auto shift_of = [&](const char* line) { return SHIFTED ? (int)((size_t)line >> 1 & 1) : 0; };
@@ -406,7 +425,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   };
   auto stage_begin = [&](Elements& e, const unsigned char* raw, float bias, int tile, int c) {
     auto read_part = [&](float (&v)[STEPS], int part) {
-      read_own(v, (const char*)raw + part * PART_BYTES, [&](int i) { return shift_of(address(part, c * PER_WARP, DIM_LAYOUT ? step + i : channel, tile * T)); });
+      read_own(v, (const char*)raw + part * PART_BYTES, [&](int i) {
+        return shift_of(address(part, c * PER_WARP, DIM_LAYOUT ? step + i : channel, tile * T));
+      });
     };
     read_part(e.u, 0), read_part(e.dt, 1), read_part(e.dy, 2);
     if (HAS_Z) read_part(e.gate, 3);
@@ -450,10 +471,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   } sums = {};
   // where this lane's steps of that item lie in du, and how many there are; likewise in ddelta and dz
   char* out_at = nullptr;
-  auto first_out = [&](int tile) {  // of the first group of channels
-    return (char*)((scalar*)p.du + batch() * p.grad_batch + (ch.first + channel) * p.grad_dim +
-                   (w.first + w.begin + (tile + here()) * T + step) * p.grad_step);
-  };
+  mine.out[lane] = (batch() * p.grad_batch + (ch.first + channel) * p.grad_dim + (w.first + w.begin + step) * p.grad_step) * ITEM;
+  auto first_out = [&](int tile) { return (char*)p.du + (mine.out[lane] + tile * T * p.grad_step * ITEM); };  // of the first group
   i64 to_ddelta = (char*)p.ddelta - (char*)p.du, to_dz = (char*)p.dz - (char*)p.du, out_over = PER_WARP * p.grad_dim * ITEM;
   int out_count = 0;
   if (ROOMY) keep(out_over), keep(to_ddelta), keep(to_dz);
@@ -520,7 +539,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll 1
     for (int r = 0; r < before; r++) {
       __syncwarp();
-      if constexpr (!CONST_B) Projection<B_AXIS, 0>::store(mine.B, nullptr, row_B(), p.B_state, p.B_step, w.begin + (base + r) * T, T, B_SCALE);
+      const int t0 = w.begin + (base + r) * T;
+      if constexpr (!CONST_B) Projection<B_AXIS, 0>::store(mine.B, nullptr, row_B(), p.B_state, p.B_step, t0, T, B_SCALE);
       float next_u[STEPS], next_delta[STEPS];
       auto load = [&](int c) {
         const i64 d = exists(c) ? ch.first + c * PER_WARP + channel : ch.first;
@@ -571,8 +591,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   // Where the lane's pieces of the item to be copied next lie, of inputs and of kept states; what leads over to the next
   // group's and back to the next tile's first; and which of them exist: of tiles and groups, those below a limit.
   const char* ahead_from[KEPT_ROUNDS ? KEPT_ROUNDS : 1];
-  const char* ahead_kept = (const char*)(p.states + ((w.states + w.begin / CHECKPOINT + ahead_tile) * p.dim + ch.first + 0) * STATE) +
-                           lane * KEPT_COPY;
+  const i64 ahead_slot = w.states + w.begin / CHECKPOINT + ahead_tile;
+  const char* ahead_kept = (const char*)(p.states + (ahead_slot * p.dim + ch.first) * STATE) + lane * KEPT_COPY;
   i64 over[KEPT_ROUNDS ? KEPT_ROUNDS : 1], back[KEPT_ROUNDS ? KEPT_ROUNDS : 1];
   int tiles_below[KEPT_ROUNDS ? KEPT_ROUNDS : 1], groups_below[KEPT_ROUNDS ? KEPT_ROUNDS : 1], kept_below[KEPT_STEPS];
   i64 kept_back = -(WARPS * p.dim + (groups - 1) * PER_WARP) * STATE * 4;
@@ -599,7 +619,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   // where in the first slot of the ring this lane's pieces go, and its steps and states lie
   unsigned char* const copy_to = pinned(mine.ring[0] + lane * COPY);
   unsigned char* const keep_to = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * KEPT_COPY);
-  const unsigned char* const own_raw = pinned(mine.ring[0] + (DIM_LAYOUT ? step * LINE_BYTES + channel * ITEM : channel * LINE_BYTES + step * ITEM));
+  const unsigned char* const own_raw =
+      pinned(mine.ring[0] + (DIM_LAYOUT ? step * LINE_BYTES + channel * ITEM : channel * LINE_BYTES + step * ITEM));
   const unsigned char* const own_kept = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * PER * 4);
   auto fetch_next = [&](int slot) {  // slot: where it begins in the ring
     if constexpr (KEPT_ROUNDS == 0) {
@@ -614,10 +635,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
         for (int r = 0; r < KEPT_STEPS; r++) {
           const int i = lane + r * 32, line = i / KEPT_PIECES;
-          unsigned char* const to = STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY
-                                                    : mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
+          unsigned char* const padded = mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
           if (PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES)
-            copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r], to, ahead_kept + r * 32 * KEPT_COPY);
+            copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r],
+                                          STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY : padded,
+                                          ahead_kept + r * 32 * KEPT_COPY);
         }
       }
     }
@@ -668,18 +690,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       for (int t = 0; t < T; t++) sum_B[k][t] = sum_C[k][t] = 0.f;
 
     char* out_next = first_out(tile);
+
     Group* group = shared.groups + (GROUPS == 1 ? here() : 0);  // or all of a single group is kept in registers
     Turn *own_turn = shared.turns[warp], *next_turn = shared.turns[warp + 1 < WARPS ? warp + 1 : 0];
     float2* last_sums = &shared.groups[groups - 1].sums[lane];
 #pragma unroll 1
     for (int c = 0; c < groups; c++, group++, own_turn++, next_turn++) {
       copies_wait<KEEP_Y ? 0 : RING - 3>();
-      if (WARPS > 1) own_turn->wait(round);
       __syncwarp();
       fetch_next(last_slot);
       const float* const rows = own_rows + half;
       float* const others = own_elements + (HALF - half);
-      const float* const kept = SUBTILES == 1 ? (const float*)(own_kept + slot) : mine.enter[SUBTILES > 1 ? c : 0][SUBTILES > 1 ? lane : 0];
+      const float* const entering = mine.enter[SUBTILES > 1 ? c : 0][SUBTILES > 1 ? lane : 0];
+      const float* const kept = SUBTILES == 1 ? (const float*)(own_kept + slot) : entering;
       last_slot = slot;
       slot = slot == (RING - 1) * SLOT_BYTES ? 0 : slot + SLOT_BYTES;
       float A[PER], h[PER], b_fixed[PER], c_fixed[PER];
@@ -701,6 +724,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       };
       Elements next;
       if (LOAD_AHEAD) load_quad(0);
+      if (WARPS > 1) own_turn->wait(round);  // behind loads that need no turn
 #pragma unroll
       for (int q = 0; q < QUADS; q++) {
         if (!LOAD_AHEAD) load_quad(q);
@@ -785,8 +809,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       half = HALF - half;
       last_sums = &group->sums[lane];
       if (WARPS > 1) {
-        __syncwarp();
-        if (lane == 0) next_turn->pass();
+        next_turn->pass();
       }
     }
 
@@ -817,8 +840,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   __syncwarp();
   if (last_tile >= 0) finish(own_elements + (HALF - half), shared.groups[0].near[channel].y, shared.groups[groups - 1].sums[lane]);
   if (WARPS > 1) {
-    __syncwarp();
-    if (lane == 0) shared.turns[warp + 1 < WARPS ? warp + 1 : 0][0].pass();
+    shared.turns[warp + 1 < WARPS ? warp + 1 : 0][0].pass();
   }
   __syncthreads();
 

@@ -4,10 +4,10 @@
 // Every file that includes this is specialised by defines (backends/cuda.py writes them):
 //   DTYPE 0 float32, 1 bfloat16, 2 float16     STATE   states of a channel (N)
 //   LANES  lanes that share a channel (S)      WARPS   warps of a block
-//   TILE   steps of a tile (T)                 GROUPS  groups of channels that a warp walks in turn, backward only
+//   TILE   steps of a tile (T)                 GROUPS  relay only: groups of channels of a block
 //   CHECKPOINT  the state that enters every CHECKPOINT-th step of a row is kept; 0: none
-//   RELAY  forward only: 1: WARPS / GROUPS warps share the channels of each of GROUPS groups and take turns in time;
-//     0: every warp has its own
+//   RELAY  1: warps share channels and take turns in time: WARPS / GROUPS warps each of GROUPS groups of channels or, in
+//     the backward, all warps all groups; 0: every warp has its own
 //   POLYNOMIAL  of 32 exponentials, how many the FMA pipe computes (16-bit data only)
 //   DIM_LAYOUT 1: u, delta, z, out are dim-contiguous, 0: length-contiguous
 //   ALIGNED 1: every vector of u, delta, z, out may be moved as one access, and rows end with whole ones along time
@@ -38,7 +38,8 @@ constexpr int OWN_C = DIM_LAYOUT && ITEM == 2 && OWN >= 2 && PER_WARP >= 2 ? 2 :
 constexpr int OWN_T = OWN / OWN_C;
 constexpr int WORDS = (OWN * ITEM + 3) / 4;               // registers that hold them
 constexpr bool ALL_OWN = PER_WARP * TILE >= 32;           // else the last lanes own nothing
-static_assert(OWN_T <= TILE && (OWN_T < 4 ? OWN_T != 3 : OWN_T % 4 == 0) && 32 % LANES == 0 && TILE % 4 == 0, "invalid configuration");
+static_assert(OWN_T <= TILE && (OWN_T < 4 ? OWN_T != 3 : OWN_T % 4 == 0) && 32 % LANES == 0 && TILE % 4 == 0,
+              "invalid configuration");
 
 #if DTYPE == 0
 typedef float scalar;
@@ -394,15 +395,18 @@ DEVICE void copy_async(void* to, const void* from, int bytes) {
   if constexpr (WIDTH == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(WIDTH), "r"(bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 ::"r"(shared_address(to)), "l"(from), "n"(WIDTH), "r"(bytes) : "memory");
 }
 // Copy if `mine`, else write zeros and read nothing.
 template <int WIDTH>
 DEVICE void copy_async_or_zero(bool mine, void* to, const void* from) {
   if constexpr (WIDTH == 16)
-    asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p;}" ::"r"(shared_address(to)), "l"(from), "r"((int)mine) : "memory");
+    asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p;}"
+                 ::"r"(shared_address(to)), "l"(from), "r"((int)mine) : "memory");
   else
-    asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, p;}" ::"r"(shared_address(to)), "l"(from), "r"((int)mine), "n"(WIDTH) : "memory");
+    asm volatile("{.reg .pred p; setp.eq.s32 p, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, p;}"
+                 ::"r"(shared_address(to)), "l"(from), "r"((int)mine), "n"(WIDTH) : "memory");
 }
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -444,21 +448,21 @@ DEVICE void read(Raw& r, u32* raw) {
 }
 
 // Turns that warps take at what they share in shared memory: one warp passes a turn, another waits for it, and what the
-// first did before is in order before what the second does after. The n-th wait, from 0 on, is for the n-th pass; it says
-// whether n is odd. A waiting warp must have had its turn before the next is passed to it.
+// first did before is in order before what the second does after. All lanes pass and wait. The n-th wait, from 0 on, is
+// for the n-th pass and says whether n is odd; a warp must have waited for a turn before the next is passed to it.
 struct Turn {
   unsigned long long barrier;
-  DEVICE void begin() { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory"); }
-  DEVICE void pass() {  // by one lane, behind __syncwarp
+  DEVICE void begin() { asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(shared_address(&barrier)) : "memory"); }
+  DEVICE void pass() {
     asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(&barrier)) : "memory");
   }
   DEVICE void wait(int odd) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}" ::"r"(shared_address(&barrier)), "r"(odd) : "memory");
+    asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
+                 ::"r"(shared_address(&barrier)), "r"(odd) : "memory");
 #else
-    asm volatile(
-        "{.reg .pred p; again: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}" ::"r"(shared_address(&barrier)), "r"(odd) : "memory");
+    asm volatile("{.reg .pred p; again: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
+                 ::"r"(shared_address(&barrier)), "r"(odd) : "memory");
 #endif
   }
 };

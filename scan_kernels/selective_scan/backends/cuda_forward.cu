@@ -38,7 +38,7 @@ constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS + (RELAY ? 2 *
 // steps whose x B a relay has ready when a warp's turn comes, and keeps ready
 constexpr int AHEAD = PER > 4 ? 2 : THREADS * MIN_BLOCKS <= 256 ? 16 : THREADS * MIN_BLOCKS <= 384 ? 4 : 2;
 constexpr int TURNS = RELAY ? WARPS / GROUPS : 1;  // warps that share channels and take turns
-static_assert(!RELAY || (MODE == 0 && TILE == 16 && PER <= 4 && TURNS >= 2 && WARPS % GROUPS == 0 && WARPS <= 15),
+static_assert(!RELAY || (MODE == 0 && TILE == 16 && PER <= 4 && TURNS >= 2 && WARPS % GROUPS == 0),
               "invalid configuration");
 
 // Tiles of B, C: [step][state] in float32, for all warps of a block; in a relay, for one warp.
@@ -170,16 +170,6 @@ DEVICE float decay_at(int index, float dt, float A) {
   return decay_of(dt, A);
 }
 
-// ---- relay: the warps of a group share channels and take turns in time ----------------------------------------------
-//
-// The state that enters a tile lies in shared memory, lane by lane. It belongs to the warp whose turn it is: each lane
-// reads its part and overwrites it with what leaves the tile, so a group needs one place. A turn passes through the
-// hardware barrier of the warp that gets it, 1 + warp: one warp arrives, the other waits, and memory is in order
-// between them. The barrier is used again only after the turn has gone round, and so after its waiter has passed.
-
-DEVICE void wait_for_turn(int warp) { asm volatile("bar.sync %0, 64;" ::"r"(1 + warp) : "memory"); }
-DEVICE void hand_turn_to(int warp) { asm volatile("bar.arrive %0, 64;" ::"r"(1 + warp) : "memory"); }
-
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Params p) {
   extern __shared__ __align__(16) float shared[];
   const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, s = lane / PER_WARP, channel = lane % PER_WARP;
@@ -193,13 +183,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   float* const relayed = shared + BC_COPIES * BC_TILES * BC_FLOATS + WARPS * WARP_FLOATS;
 
   __shared__ Task task;
+  // The state that enters a relay's tile lies in shared memory, lane by lane. It belongs to the warp whose turn it is:
+  // each lane reads its part and overwrites it with what leaves the tile, so a group needs one place.
+  __shared__ Turn turns[RELAY ? WARPS : 1];
   if (threadIdx.x == 0) {
     task.slot = blockIdx.x / p.blocks, task.block = (int)(blockIdx.x - task.slot * p.blocks);
     task.there = locate(p, task.slot, task.w);
     task.ch = channels(p, task.block);
   }
+  if (RELAY && lane == 0) turns[warp].begin();
   __syncthreads();
-  if (!task.there || (MODE == 1 && task.w.end == task.w.length) || (MODE == 2 && task.w.begin == 0)) return;  // entered by none
+  if (!task.there || (MODE == 1 && task.w.end == task.w.length) || (MODE == 2 && task.w.split < p.finer)) return;  // unneeded
   const Span& w = task.w;
   const i64& slot = task.slot;
   const int begin = w.begin, end = w.end, batch = PACKED ? 0 : w.row;
@@ -271,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 
   const int tiles = (end - begin + TILE - 1) / TILE;
   auto tile_start = [&](int i) { return begin + (MODE == 2 ? tiles - 1 - i : i) * TILE; };
-  int buffer = 0, i = turn;
+  int buffer = 0, i = turn, odd = turn == 0;  // of the turns that this warp has had; nobody comes before the first
   Projection<B_AXIS, B_ALIGNED> next_B;
   Projection<C_AXIS, C_ALIGNED> next_C;
   auto load_projections = [&](int t0) {
@@ -315,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     copies_commit();
   }
 #pragma unroll 1
-  for (; i < tiles; i += TURNS, buffer ^= 1) {
+  for (; i < tiles; i += TURNS, buffer ^= 1, odd ^= 1) {
     const int t0 = tile_start(i);
     float* const b_tile = bc_tile + (RELAY ? 0 : buffer) * BC_TILES * BC_FLOATS;
     float* const c_tile = b_tile + (USE_B && !CONST_B ? BC_FLOATS : 0);
@@ -393,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       for (int t = 0; t < AHEAD; t++) look_ahead(t);
       // in a loop, or the assembler would move the decays' exponentials behind the wait
 #pragma unroll 1
-      for (int waited = i > 0 ? 0 : 1; waited < 1 + here(); waited++) wait_for_turn(warp);
+      for (int waited = 0; waited < 1 + here(); waited++) turns[warp].wait(odd);
       get(h, relayed + at);
       float entering[PER];
 #pragma unroll
@@ -406,7 +400,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       }
       if (i + 1 < tiles) {
         set(relayed + at, h);
-        hand_turn_to(next);
+        turns[next].pass();
       }
 
       // what nobody waits for
@@ -541,7 +535,8 @@ extern "C" __global__ void __launch_bounds__(256) spread(const Params p) {
 }
 
 // Spans' leaving states -> their entering states, in place: enter[i+1] = exp(A time[i]) enter[i] + leave[i].
-// One thread a (row, channel, state); the adjoint runs from the row's last span to its first.
+// One thread a (row, channel, state); the adjoint runs from the row's last span to the one numbered finer - 1: `finer` of
+// these spans make one of the backward's, and none enters those before.
 extern "C" __global__ void __launch_bounds__(256) combine(const Params p) {
   i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, per_row = p.dim * STATE;
   if (i >= p.rows * per_row) return;
@@ -555,9 +550,12 @@ extern "C" __global__ void __launch_bounds__(256) combine(const Params p) {
   const float* entering = MODE == 2 ? p.last_state : p.initial_state;
   float h = entering ? entering[i] : 0.f;
   for (i64 k = 0; k < count; k++) {
-    i64 slot = first + (MODE == 2 ? count - 1 - k : k);
-    const float leave = k + 1 < count ? p.span_end[slot * per_row + at] : 0.f;  // nobody enters behind the last
+    const i64 span = MODE == 2 ? count - 1 - k : k, slot = first + span;
+    const bool more = MODE == 2 ? span >= p.finer : k + 1 < count;
+    const float leave = more ? p.span_end[slot * per_row + at] : 0.f;
     p.span_end[slot * per_row + at] = h;
-    if (k + 1 < count) h = h == 0.f ? leave : fmaf(decay_of(p.span_time[slot * p.dim + d], p.A[at]), h, leave);  // 0 stays 0 where A > 0 overflows
+    if (!more) return;
+    const float decay = decay_of(p.span_time[slot * p.dim + d], p.A[at]);
+    h = h == 0.f ? leave : fmaf(decay, h, leave);  // 0 stays 0 where A > 0 overflows
   }
 }
