@@ -43,6 +43,7 @@ PHRASES = {
     "extern __shared__ __align__(16) unsigned char memory[];": "auto memory = (unsigned char*)emulated_shared;",
     "__shared__ Task": "static Task",
     "__shared__ Turn": "static Turn",
+    "__shared__ i64": "static i64",
     "(u32)__cvta_generic_to_shared(p)": "0",
     "__builtin_assume(__isGlobal(": "(void)((",
 }

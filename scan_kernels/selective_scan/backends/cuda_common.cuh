@@ -419,12 +419,10 @@ DEVICE void fetch(u32* raw, const scalar* q, i64 step_stride, Extent n) {
 #pragma unroll
   for (int i = 0; i < WORDS; i += PIECE) {
     u32* to = slot_of(raw, i);
-    if constexpr (ASYNC) {
-      constexpr int WIDTH = PIECE * 4;
-      int bytes = DIM_LAYOUT ? (i < n.t ? n.c * ITEM : 0) : n.c > 0 ? n.t * ITEM - i * 4 : 0;
-      bytes = bytes < 0 ? 0 : bytes > WIDTH ? WIDTH : bytes;
-      const scalar* from = q + (DIM_LAYOUT ? i * step_stride : i * 4 / ITEM);
-      copy_async<WIDTH>(to, from, bytes);  // no bytes: nothing is read
+    if constexpr (ASYNC && !DIM_LAYOUT) {
+      copy_async_or_zero<PIECE * 4>(n.c > 0 && n.t * ITEM > i * 4, to, q + i * 4 / ITEM);  // rows end with whole pieces
+    } else if constexpr (ASYNC) {
+      copy_async<4>(to, q + i * step_stride, i < n.t && n.c > 0 ? n.c * ITEM : 0);  // no bytes: nothing is read
     } else {
 #pragma unroll
       for (int j = 0; j < PIECE; j++) to[j] = word_of(q, step_stride, i + j, n);

@@ -186,10 +186,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   // The state that enters a relay's tile lies in shared memory, lane by lane. It belongs to the warp whose turn it is:
   // each lane reads its part and overwrites it with what leaves the tile, so a group needs one place.
   __shared__ Turn turns[RELAY ? WARPS : 1];
+  // where the row's first step lies in u, delta, z, out, of the warp's first channel, and in B and C
+  __shared__ i64 origins[RELAY ? 1 : WARPS][AT_out + 1], rows[2];
   if (threadIdx.x == 0) {
     task.slot = blockIdx.x / p.blocks, task.block = (int)(blockIdx.x - task.slot * p.blocks);
     task.there = locate(p, task.slot, task.w);
     task.ch = channels(p, task.block);
+  }
+  if (threadIdx.x == 0 && task.there) {
+    const i64 row = PACKED ? 0 : task.w.row, g = task.ch.group;
+    rows[0] = (i64)((const scalar*)p.B + row * p.B_batch + g * p.B_group + task.w.first * p.B_step);
+    rows[1] = (i64)((const scalar*)p.C + row * p.C_batch + g * p.C_group + task.w.first * p.C_step);
   }
   if (RELAY && lane == 0) turns[warp].begin();
   __syncthreads();
@@ -226,17 +233,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   i64* const places = (i64*)(dt_tile + WARP_FLOATS) - 32 * PLACES + lane;
   float* const rates = dt_tile + WARP_FLOATS - 64 * PLACES - 32 * PER + lane * PER;  // A, where registers are short
   auto noted = [&](int which) { return (scalar*)places[32 * which]; };
-  auto place = [&](int which, const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride, int t0) {
-    if (RELAY) return noted(which) + t0 * (DIM_LAYOUT ? step_stride : 1);
-    return (scalar*)base + (batch + here()) * batch_stride + (own_channel() + here()) * dim_stride +
-           (row_first + o.step + t0) * step_stride;
+  auto place = [&](int which, i64 dim_stride, i64 step_stride, int t0) {
+    const i64 stride = DIM_LAYOUT ? step_stride : 1;
+    if (RELAY) return noted(which) + t0 * stride;
+    return (scalar*)origins[warp][which] + ((o.channel < count ? o.channel : 0) + here()) * dim_stride + (o.step + t0) * stride;
   };
-  auto row_of = [&](const void* M, i64 batch_stride, i64 group_stride, i64 step_stride) {  // of B or C
-    return (const scalar*)M + (batch + here()) * batch_stride + task.ch.group * group_stride + row_first * step_stride;
-  };
-#define PLACE(T, t0) place(AT_##T, p.T, p.T##_batch, p.T##_dim, p.T##_step, t0)
-#define ROW(M) row_of(p.M, p.M##_batch, p.M##_group, p.M##_step)
-  if constexpr (RELAY) {
+#define PLACE(T, t0) place(AT_##T, p.T##_dim, p.T##_step, t0)
+  if constexpr (!RELAY) {
+    auto note = [&](int which, const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride) {
+      const i64 at = batch * batch_stride + first * dim_stride + row_first * step_stride;
+      if (lane == 0) origins[warp][which] = (i64)((const scalar*)base + at);
+    };
+    note(AT_u, p.u, p.u_batch, p.u_dim, p.u_step), note(AT_delta, p.delta, p.delta_batch, p.delta_dim, p.delta_step);
+    if (HAS_Z) note(AT_z, p.z, p.z_batch, p.z_dim, p.z_step);
+    if (MODE == 0) note(AT_out, p.out, p.out_batch, p.out_dim, p.out_step);
+    __syncwarp();
+  } else {
     auto note = [&](int which, const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride) {
       const i64 at = batch * batch_stride + own_channel() * dim_stride + (row_first + o.step) * step_stride;
       places[32 * which] = (i64)((const scalar*)base + at);
@@ -269,8 +281,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   Projection<B_AXIS, B_ALIGNED> next_B;
   Projection<C_AXIS, C_ALIGNED> next_C;
   auto load_projections = [&](int t0) {
-    if constexpr (USE_B && !CONST_B) next_B.load(ROW(B), p.B_state, p.B_step, t0, end - t0);
-    if constexpr (USE_C && !CONST_C) next_C.load(ROW(C), p.C_state, p.C_step, t0, end - t0);
+    if constexpr (USE_B && !CONST_B) next_B.load((const scalar*)rows[0], p.B_state, p.B_step, t0, end - t0);
+    if constexpr (USE_C && !CONST_C) next_C.load((const scalar*)rows[1], p.C_state, p.C_step, t0, end - t0);
   };
   auto fetch_spread = [&](int t0) {  // of a relay
     auto fetch_rows = [&](float* tile, int which) {
@@ -496,7 +508,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         }
         put(r, v);
         scalar* const out = PLACE(out, t0);
-        if (RELAY) __builtin_assume(__isGlobal(out));  // which an address from shared memory does not show
+        __builtin_assume(__isGlobal(out));  // which an address from shared memory does not show
         store(r, out, p.out_step, there);
       }
     }
