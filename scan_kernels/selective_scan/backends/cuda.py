@@ -189,8 +189,7 @@ def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, split
     per = _ceil(problem.state, lanes)
     many = per > 4 and (problem.state > 64 or problem.dtype == "float32")
     warps_held = 8 if per > 8 or lanes == 1 else 12 if many else 16 if per > 4 or problem.dtype == "float32" else 20
-    polynomial = 2 if per >= 8 and problem.dtype != "float32" else 0
-    return Config(lanes, warps, tile, max(1, warps_held // warps), splits, polynomial=polynomial)
+    return Config(lanes, warps, tile, blocks=max(1, warps_held // warps), splits=splits)
 
 
 def _relays(problem: Problem, device: Any) -> list[tuple[float, Config]]:

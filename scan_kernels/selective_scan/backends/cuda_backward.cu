@@ -307,8 +307,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     task.block = (int)(blockIdx.x - task.slot * p.blocks);
     task.there = locate(p, task.slot, task.w);
     task.ch = channels(p, task.block);
-  }
-  if (tid == 0 && task.there) {
     const i64 row = PACKED ? 0 : task.w.row;
     shared.row_B = (const scalar*)p.B + row * p.B_batch + task.ch.group * p.B_group + task.w.first * p.B_step;
     shared.row_C = (const scalar*)p.C + row * p.C_batch + task.ch.group * p.C_group + task.w.first * p.C_step;
@@ -751,6 +749,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           }
         if (!ROOMY && q + 1 < QUADS) __syncwarp();  // what is loaded for the next quad stays behind it: fewer registers
       }
+      if (LANES > T) __syncwarp();  // a lane without steps of its own has read what is now overwritten
       put(others, next);
       __syncwarp();
 

@@ -99,13 +99,16 @@ DEVICE void keep(i64& v) { asm volatile("" : "+l"(v)); }
 DEVICE void keep(float& v) { asm volatile("" : "+f"(v)); }
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
 
-// 2^x for x = dt*A <= 126 on the FMA pipe: nearest integer by a large addend, a polynomial for the rest.
+// 2^x for x = dt*A <= 126 on the FMA pipe: nearest integer by a large addend, a polynomial (minimax, off by 9e-8) for
+// the rest. From x = -126.5 down it stays where float32 has no normal number left.
 DEVICE float ex2_polynomial(float dt, float A) {
   constexpr float LARGE = 12582912.f;  // 1.5 * 2^23
-  const float whole = fmaxf(fmaf(dt, A, LARGE), LARGE - 126.f), f = fmaf(dt, A, LARGE - whole);
-  float p = fmaf(f, 9.560515862e-3f, 5.583417042e-2f);
-  p = fmaf(p, f, 2.402432282e-1f), p = fmaf(p, f, 6.931372437e-1f), p = fmaf(p, f, 1.f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(whole) << 23));
+  const float whole = fmaxf(fmaf(dt, A, LARGE), LARGE - 126.f);
+  const float rest = fmaf(dt, A, LARGE - whole);
+  const float f = rest < -0.5f ? -0.5f : rest;  // NaN stays
+  float p = fmaf(f, 1.326472639e-3f, 9.671512697e-3f);
+  p = fmaf(p, f, 5.550733746e-2f), p = fmaf(p, f, 2.402224208e-1f), p = fmaf(p, f, 6.931469776e-1f), p = fmaf(p, f, 1.f);
+  return p * __int_as_float((__float_as_int(whole) << 23) + 0x3f800000);
 }
 // exp(ΔA) of dt = Δ log2(e). The special-function unit is off by up to 1.2e-7 of its result, which adds up over the
 // many steps that a slow decay remembers; float32 data therefore take a polynomial where the exponent is small.

@@ -19,7 +19,7 @@
 // of its own: `spread` writes both as float32 rows first, which cp.async then copies as they are.
 //
 // Costs per (state, step) of a lane: 2 FMUL, 1 MUFU, 2 FFMA and half a shared load of 16 bytes (B, C); float32 data
-// take 8 more for their decays, an exponential on the FMA pipe (POLYNOMIAL of 32) 7 more and no MUFU. Per step and
+// take 8 more for their decays, an exponential on the FMA pipe (POLYNOMIAL of 32) 10 more and no MUFU. Per step and
 // lane: half a shared load of 16 bytes (dt, x), and for the sum over the states (LANES-1)/LANES (1 SHFL, 1 FADD, 2 SEL).
 // A relay's tile of LANES 4, PER 4, bf16: about 700 instructions a warp, 76 of them MUFU; from a turn's start to its end
 // 158, or fewer, the more steps are ready AHEAD.
@@ -159,7 +159,7 @@ DEVICE void deliver(float (&y)[G], float* dt_tile, int channel, int s, int lane,
   float own[MINE];
 #pragma unroll
   for (int i = 0; i < MINE; i++) own[i] = y[i];
-  set(dt_tile + tile_at(channel, g0 + first_step<G>(s)), own);
+  if (LANES <= G || s % (LANES / G) == 0) set(dt_tile + tile_at(channel, g0 + first_step<G>(s)), own);  // of lanes alike, one
 }
 
 // exp(ΔA) of (step, state) `index` of a lane: POLYNOMIAL of 32, spread evenly, on the FMA pipe
@@ -192,8 +192,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     task.slot = blockIdx.x / p.blocks, task.block = (int)(blockIdx.x - task.slot * p.blocks);
     task.there = locate(p, task.slot, task.w);
     task.ch = channels(p, task.block);
-  }
-  if (threadIdx.x == 0 && task.there) {
     const i64 row = PACKED ? 0 : task.w.row, g = task.ch.group;
     rows[0] = (i64)((const scalar*)p.B + row * p.B_batch + g * p.B_group + task.w.first * p.B_step);
     rows[1] = (i64)((const scalar*)p.C + row * p.C_batch + g * p.C_group + task.w.first * p.C_step);
