@@ -63,18 +63,21 @@ def halving(
 ) -> Strategy:
     """Successive halving: short looks at many one by one, then the final.
 
-    The first look is at the first of each ``group``: a group whose first is hopeless is looked at no further. Then
-    half of the candidates leave after each look, and the looks grow longer. Where time may run out, what comes first
-    in ``names`` is looked at first: see ``nearest``.
+    One ``group`` after the other is looked at, in the order of their first members: where that one is hopeless, no
+    other of its group but those to keep. Then half of the candidates leave after each look, and the looks grow longer.
+    Where time may run out, what comes first in ``names`` is looked at first: see ``nearest``.
     """
     times: Times = {}
     if len(names) > FINALISTS + len(keep):
-        firsts = list({group(n): n for n in reversed(names)}.values())[::-1]
-        times |= yield Round(firsts, look, together=False)
-        fastest = min(times.values(), default=0.0)
-        lost = {group(n) for n in firsts if times.get(n, 0.0) > HOPELESS_GROUP * fastest}
-        unseen = [n for n in names if n not in firsts and (n in keep or group(n) not in lost)]
-        times |= yield Round(unseen, look, together=False)
+        groups: dict[Hashable, list[Name]] = {}
+        for name in names:
+            groups.setdefault(group(name), []).append(name)
+        for first, *others in groups.values():
+            times |= yield Round([first], look, together=False)
+            if times.get(first, 0.0) > HOPELESS_GROUP * min(times.values(), default=0.0):
+                others = [n for n in others if n in keep]
+            if others:
+                times |= yield Round(others, look, together=False)
         rivals = [n for n in times if n not in keep]
         while True:
             rivals = [n for n in sorted(rivals, key=times.__getitem__) if times[n] <= HOPELESS * min(times.values())]

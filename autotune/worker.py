@@ -51,10 +51,12 @@ class Worker:
         self._buffer = b""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         boot = [sys.executable, "-c", _BOOT, *map(json.dumps, (sys.path, target, preload, arguments))]
-        # a session of its own: Ctrl-C is for the parent, which closes its workers
+        # a session of its own: Ctrl-C is for the parent, which closes its workers. What asks torch for a GPU while
+        # it is imported must not start the driver, which no fork survives.
         self._process = subprocess.Popen(
-            boot, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, bufsize=0, start_new_session=True
-        )
+            boot, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, bufsize=0, start_new_session=True,
+            env=os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+        )  # fmt: skip
 
     def ask(self, method: str, timeout: float, **arguments: Any) -> Any:
         """Call a method and wait for its result.

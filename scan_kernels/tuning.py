@@ -34,7 +34,7 @@ from .profiling.device import Device, ceilings, clocks, describe
 BUDGETS = {"quick": 15.0, "full": math.inf}  # seconds a problem
 PATIENCE_S = 20.0  # without an answer a candidate counts as hung; three times as long where it compiles meanwhile
 READY_S = 300.0  # for what all candidates of a problem share: tensors, references, the default's compilation
-MOST_COMPILERS = 8
+MOST_COMPILERS = 12
 Name = tuple[str, Any]  # backend, Config
 
 
@@ -66,7 +66,7 @@ class Bench:
         if (prepare := getattr(module, f"prepare_{posed.direction}", None)) is not None:
             slender = self.op.cases.slender(posed)
             for case, small in [*self.op.cases.gates(posed), (self.op.cases.posed(slender), slender)]:
-                arguments, _ = self.op.cases.pose(case.make(self.device.torch, seed=0), small)
+                arguments, _ = self.op.cases.pose(case.make(self.device.torch, seed=0), small, run=False)
                 prepare(small, *arguments, made)
 
     def ready(self, problem: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class Session:
         bench: str = f"{__name__}:Bench",
     ):  # fmt: skip
         if compilers is None:
-            compilers = min(MOST_COMPILERS, (os.cpu_count() or 1) // 2) if device.kind == "cuda" else 0
+            compilers = min(MOST_COMPILERS, (os.cpu_count() or 1) * 3 // 4) if device.kind == "cuda" else 0
         self.op, self.device, self.patience = op, device, patience
         where = str(device.torch)
         self._worker = Worker(bench, preload=True, op=op.name, device=where)

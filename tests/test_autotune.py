@@ -517,7 +517,7 @@ def test_halving_finds_the_best_and_keeps_what_it_must():
 
 
 def test_halving_leaves_a_hopeless_group_after_one_look():
-    names = [("slow", i) for i in range(5)] + [("quick", i) for i in range(5)]
+    names = [("quick", i) for i in range(5)] + [("slow", i) for i in range(5)]
     times = {n: 100.0 if n[0] == "slow" else 1.0 + n[1] for n in names}
     looked = {n for r in play(search.halving(names, 0.1, 1.0, group=lambda n: n[0]), times) for n in r.names}
     assert looked == {("slow", 0)} | {("quick", i) for i in range(5)}

@@ -199,7 +199,12 @@ def _tune(op: Op, args: argparse.Namespace, device: Device) -> int:
         for name in args.backend or ():
             op.backend(name, problem)
     # what is deterministic stays as it is, whoever asks: its results would change
-    kept = [p for _, p in asked if _is_tuned(op, p, device) and (p.deterministic or not args.again)]
+    listed = _listed(op, device, args.table) if args.table else ()
+    kept = [
+        p for _, p in asked
+        if (_is_tuned(op, p, device) and (p.deterministic or not args.again))
+        or (p.bucket() in listed and not args.again)
+    ]  # fmt: skip
     todo = [(title, p) for title, p in asked if p not in kept]
 
     out = console()
@@ -260,13 +265,31 @@ def _tune(op: Op, args: argparse.Namespace, device: Device) -> int:
         status = status or 1
         out.print(f"not stored, {times} problem{'s' * (times > 1)}: {reason}", markup=False)
     if kept:
-        out.print(f"{len(kept)} tuned already" + "; --again tunes anew what is not deterministic" * (not args.again))
+        more = "" if args.again else "; --again tunes anew what is not deterministic"
+        out.print(f"{len(kept)} tuned already{more}")
     out.print(
         f"{stored} of {len(todo)} problems stored in {store.folder()}{', interrupted' * (status == 130)}", markup=False
     )
     if args.table:
         status = max(status, _write_table(op, device, args.table, out))
     return status
+
+
+def _listed(op: Op, device: Device, folder: Path) -> list[dict[str, Any]]:
+    """The problems that the table in a folder has from this hardware and these sources: measured in earlier runs."""
+    from ..autotune import store, tables
+
+    path = tables.path_of(folder, device.slug, op.name)
+    try:
+        found = store.read_table(path)["entries"] if path.exists() else []
+    except (OSError, ValueError, RecursionError) as e:
+        raise BadArgument(f"--table: {path} cannot be read: {e}") from None
+    hardware = {name: getattr(device, name) for name in store.HARDWARE}
+    return [
+        e["key"]["problem"]
+        for e in found
+        if hardware.items() <= e["key"]["device"].items() and e["key"]["validity"].get("sources") == op.sources
+    ]
 
 
 def _is_tuned(op: Op, problem: Any, device: Device) -> bool:
@@ -318,8 +341,8 @@ def _write_table(op: Op, device: Device, folder: Path, out: Any) -> int:
             here = store.Key(op.name, op.sources, entry["key"]["problem"], device).as_dict()
             entries += [entry] if here == entry["key"] else []
     if not entries:
-        out.print("no table written: nothing is kept for this device")
-        return 1
+        out.print("no table written: nothing new is kept for this device")
+        return 0
     try:
         written = tables.write(folder, op.name, entries, provenance(entries))
     except (OSError, ValueError) as e:

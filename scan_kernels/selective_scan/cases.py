@@ -216,17 +216,21 @@ class Posed(NamedTuple):
     results: dict[str, Tensor]  # what it fills, by name
 
 
-def pose(tensors: Tensors, problem: Problem, allocate: Callable = allocate) -> Posed:
-    """Lay a problem out for a backend, in memory of ``allocate``; a backward's forward is run by the default."""
+def pose(tensors: Tensors, problem: Problem, allocate: Callable = allocate, run: bool = True) -> Posed:
+    """Lay a problem out for a backend, in memory of ``allocate``.
+
+    What a backward gets from its forward is made by the default; not if it is not to ``run``.
+    """
     i = normal_form([tensors[name] for name in Inputs._fields])
     last = problem.has_last_state
     rooms = output_rooms(i.u, i.A, i.cu_seqlens, last, problem.checkpoint, problem.keep_y)
     outputs = Outputs._make(allocate(i.u, i.A, rooms))
     if problem.direction == "forward":
         return Posed((i, outputs), _present(outputs))
-    forward = dataclasses.replace(problem, direction="forward")
-    chosen = OP.resolve(forward, i.u.device)
-    chosen.module.forward(forward, i, outputs, chosen.config)
+    if run:
+        forward = dataclasses.replace(problem, direction="forward")
+        chosen = OP.resolve(forward, i.u.device)
+        chosen.module.forward(forward, i, outputs, chosen.config)
     return _backward(tensors, problem, i, outputs, allocate)
 
 
