@@ -303,6 +303,14 @@ def read_table(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file {"records": [...]}. Errors: those of ``read_table``."""
+    content = _read(path, MAX_TABLE, ours=False)
+    if not isinstance(content, dict) or not all(isinstance(r, dict) for r in content.get("records", [None])):
+        raise ValueError("not a file of records")
+    return content["records"]
+
+
 def _read(path: Path, limit: int, ours: bool) -> Any:
     """Parse a JSON file of at most ``limit`` bytes; with ``ours``, only a plain file of this very user.
 

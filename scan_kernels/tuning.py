@@ -220,6 +220,14 @@ class Session:
             self._winners.append((problem, result.winner))
         return result
 
+    def time(self, problem: Any, names: Sequence[Name], seconds: float) -> list[timer.Timing]:
+        """Time candidates that passed before against each other, each for ``seconds``. Errors: Failed and Lost."""
+        return _Remote(self, problem).time(names, seconds)
+
+    def forget(self) -> None:
+        """Begin the next search as if nothing had been tuned here."""
+        self._winners.clear()
+
     def verify(self, problem: Any, backend: str, config: Any) -> str | None:
         """None, or what is wrong with a choice for a problem."""
         try:

@@ -236,7 +236,7 @@ class Played(tuning.Session):
     def verify(self, problem, backend, config):
         return self.verdicts.get(backend)
 
-    def tune(self, problem, budget, backends=None, progress=None):
+    def tune(self, problem, budget, backends=None, progress=lambda trial: None):
         names, default, _ = self._candidates(problem, backends)
         trials = {}
         for k, name in enumerate(names):
@@ -407,6 +407,62 @@ def test_a_table_is_written_with_its_provenance_and_serves_whoever_has_nothing_t
         said(capsys, *argv)
 
 
+def test_regret_is_measured_resumed_and_summed_up(monkeypatch, played, capsys, tmp_path):
+    asked = []
+
+    def timed(self, problem, names, seconds):
+        asked.append(problem)
+        return [tuner.Timing(1.0, 1.0, 1.0, 100, "played") for _ in names]
+
+    monkeypatch.setattr(Played, "time", timed, raising=False)
+    file = tmp_path / "regret.json"
+    assert "2 of 2 problems measured" in said(capsys, "regret", str(file), "--problems", "2", "--seed", "3")
+    out = said(capsys, "regret", str(file), "--problems", "3", "--seed", "3")
+    assert len(asked) == len(set(asked)) == 3  # what was measured is not measured again
+    assert "tuned 0 % 0 % 3" in out
+    records = store.read_records(file)
+    assert [set(r) for r in records] == [{"problem", "seconds", "times", "choices"}] * 3
+    monkeypatch.setattr(Played, "verdicts", {"chunked": "wrong result: out"})
+    assert "no candidate passed" in said(capsys, "regret", "--problems", "1", "--seed", "4", code=1)
+
+
+def test_the_figures_of_regret_are_what_they_are_called():
+    from io import StringIO
+
+    from rich.console import Console
+
+    from scan_kernels.cli import regret as figures
+
+    def record(tuned, again, heuristic, best):
+        times = {"tuned": tuned, "tuned again": again, "heuristic": heuristic, figures.EXHAUSTIVE: best}
+        timings = {n: dataclasses.asdict(tuner.Timing(t, t, t, 100, "")) for n, t in times.items()}
+        return {"times": timings, "seconds": {"tuned": 9.0, "tuned again": 3.0, figures.EXHAUSTIVE: 30.0}}
+
+    records = [record(1.02, 1.0, 1.5, 1.0), record(1.0, 1.001, 4.0, 1.0), record(0.5, 0.5, 0.5, 0.55)]
+    assert figures.regret(records[0], "tuned") == pytest.approx(0.02)
+    assert figures.regret(records[2], figures.EXHAUSTIVE) == pytest.approx(0.1)
+    out = StringIO()
+    Console(file=out, width=120).print(figures.summary(records))
+    said = " ".join(out.getvalue().split())
+    assert "tuned 0.67 % 2 % 3" in said
+    assert "heuristic 1.2e+02 % 3e+02 % 3" in said
+    assert "further apart than the noise 33 %" in said
+    assert "(geometric mean, best) 1.81x 4x" in said
+    assert "seconds: tuned again 3 3" in said
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_drawn_problems_repeat_by_seed_and_differ(kind):
+    first, again, other = (cases.drawn(40, seed, kind) for seed in (1, 1, 2))
+    assert first == again
+    assert len({*first}) == 40
+    assert len({*first} & {*other}) < 10
+    assert {p.direction for p in first} == {"forward", "backward"}
+    assert {p.layout for p in first} == {"length", "dim"}
+    assert {p.device for p in first} == {kind}
+    assert len({p.state for p in first}) >= 4
+
+
 MODEL_130M = {(1536, 16, "dim"), (1536, 16, "length")}
 
 
@@ -497,6 +553,8 @@ def test_the_command_that_an_untuned_gpu_suggests_tunes_that_problem():
         (["tune", "--shapes", SHAPE, "--set", "groups=3"], "groups"),
         (["tune", "explode"], "explode"),
         (["tune", "export"], "FILE"),
+        (["tune", "regret", "--problems", "0"], "--problems"),
+        (["tune", "regret", __file__], "regret: "),
         (["tune", "show", "file"], "FILE"),
         (["info", "--device", "meta"], "--device"),
         (["check", "--backend", "nope"], "--backend"),
@@ -557,8 +615,7 @@ print(fastest(parse("1,8,65,4", "float32").used("training"), "cpu").source)
 # ---- from Python -----------------------------------------------------------------------------------------------------
 
 
-def test_python_tunes_one_problem_and_uses_it(monkeypatch, played):
-    monkeypatch.setattr(Played.tune, "__defaults__", (None, lambda trial: None))
+def test_python_tunes_one_problem_and_uses_it(played):
     problem = CASE.used("training")
     choice = autotune.tune(problem, budget=0.5)
     assert choice.source == "tuned"
@@ -583,14 +640,12 @@ def test_python_says_what_is_wrong(chunked_only):
 
 def test_python_raises_where_every_candidate_was_rejected(monkeypatch, played):
     monkeypatch.setattr(Played, "verdicts", {"chunked": "wrong result: out"})
-    monkeypatch.setattr(Played.tune, "__defaults__", (None, lambda trial: None))
     with pytest.raises(RuntimeError, match="no candidate passed the gate: chunked: wrong result: out"):
         autotune.tune(CASE.used("inference"), 0.3)
 
 
 @pytest.mark.filterwarnings("ignore:ignoring a tuned entry")
-def test_python_uses_what_it_found_where_it_cannot_be_stored(monkeypatch, played, cache):
-    monkeypatch.setattr(Played.tune, "__defaults__", (None, lambda trial: None))
+def test_python_uses_what_it_found_where_it_cannot_be_stored(played, cache):
     cache.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="what tuning found cannot be stored"):
         assert autotune.tune(CASE.used("inference"), 0.3).source == "tuned"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..op import Op
     from ..profiling.device import Device
 
-ACTIONS = ("show", "diff", "verify", "export", "import", "clear")
+ACTIONS = ("show", "diff", "verify", "export", "import", "clear", "regret")
 # channels of a layer's scan, twice d_model, in the models of the Mamba paper; all have 16 states
 MODELS = {"mamba-130m": 1536, "mamba-370m": 2048, "mamba-790m": 3072, "mamba-1.4b": 4096, "mamba-2.8b": 5120}
 STATE = 16
@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action", nargs="?", choices=ACTIONS,
         help="instead of tuning: show what is kept, and why it is used or not; diff it with what would run without it, "
-        "or with an exported FILE; verify it against the reference; export or import a FILE; clear all of it",
+        "or with an exported FILE; verify it against the reference; export or import a FILE; clear all of it; "
+        "or measure the regret of tuning on random problems, and keep the records in FILE",
     )  # fmt: skip
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="of export, import and diff")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="of export, import, diff and regret")
     parser.add_argument("--op", default="selective_scan", help="the op to tune (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:INDEX; by default the GPU if there is one")
     parser.add_argument(
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="quick",
         help="for a problem: quick (15 s), full (every candidate) or seconds (default: quick)",
     )
+    parser.add_argument("--problems", type=int, default=40, metavar="N", help="of regret (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of regret's problems (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="tune what is tuned already, too")
     parser.add_argument(
         "--table", nargs="?", const=Path("autotune/data"), type=Path, metavar="FOLDER",
@@ -81,15 +84,29 @@ def run(args: argparse.Namespace) -> int:
             raise BadArgument(f"--backend: expected one of {', '.join(op.backends)}, got {name!r}")
     if (args.action in ("export", "import")) > (args.file is not None):
         raise BadArgument(f"{args.action}: expected a FILE")
-    if args.file is not None and args.action not in ("export", "import", "diff"):
-        raise BadArgument(f"FILE: expected with export, import or diff only, got {args.file}")
+    if args.file is not None and args.action not in ("export", "import", "diff", "regret"):
+        raise BadArgument(f"FILE: expected with export, import, diff or regret only, got {args.file}")
     device = pick_device(args.device)
+    if args.action == "regret":
+        return _regret(op, device, args)
     if args.action:
         from . import tuned
 
         chosen = problems(op, args, device) if args.action == "show" and _narrowed(args) else []
         return tuned.run(args.action, op, device, args.file, chosen)
     return _tune(op, args, device)
+
+
+def _regret(op: Op, device: Device, args: argparse.Namespace) -> int:
+    from .. import tuning
+    from . import regret
+
+    if args.problems < 1:
+        raise BadArgument(f"--problems: expected at least 1, got {args.problems}")
+    try:
+        return regret.run(op, device, args.problems, args.seed, tuning.seconds_of(args.budget), args.file)
+    except ValueError as e:
+        raise BadArgument(f"regret: {e}") from None
 
 
 def _narrowed(args: argparse.Namespace) -> bool:

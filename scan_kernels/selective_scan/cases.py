@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -274,6 +275,32 @@ def parse(text: str, dtype: str) -> Case:
         raise ValueError(f"expected the name of a case, or {expected}; got {text!r}")
     batch, dim, length, state = sizes
     return Case(text, batch=batch, dim=dim, length=length, state=state, dtype=kind, tags=())
+
+
+# what ``drawn`` draws from, on a GPU and on a CPU: channels, batch sizes, most steps, most elements
+DRAWN = {
+    "cuda": ((1536, 2048, 3072, 4096, 5120), (1, 1, 2, 3, 4, 8, 16, 64), 1 << 17, 1 << 27),
+    "cpu": ((64, 192, 512, 768, 1536), (1, 2, 3), 1 << 11, 1 << 20),
+}
+STATES = (8, 16, 16, 16, 32, 64, 128, 256)
+
+
+def drawn(count: int, seed: int, device: str) -> list[Problem]:
+    """Different problems of Mamba layers, drawn at random: the same for the same seed."""
+    draw = random.Random(seed)
+    dims, batches, longest, most = DRAWN[device]
+    found: dict[Problem, None] = {}
+    while len(found) < count:
+        dim, batch = draw.choice(dims), draw.choice(batches)
+        length = round(2 ** draw.uniform(6, math.log2(longest)))
+        if draw.random() < 0.7:
+            length = max(64, length // 64 * 64)
+        use, dtype = draw.choice(list(USES)), draw.choice(("bfloat16", "bfloat16", "float16", "float32"))
+        state, layout = draw.choice(STATES), draw.choice(("length", "dim"))
+        if batch * dim * length * max(1, state // 16) <= most:
+            case = Case("", batch=batch, dim=dim, length=length, state=state, dtype=dtype, layout=layout)
+            found[case.used(use, device)] = None
+    return list(found)
 
 
 # what a shape leaves open: the fields of a Problem that a user may set for tuning
