@@ -173,13 +173,14 @@ class Op:
         for memo in (self.calls, self._resolved, self._stored):
             memo.clear()
 
-    def settle(self, problem, device: Device, entries: Iterable[store.Entry]) -> bool:
+    def settle(self, problem, device: Device, entries: Iterable[store.Entry], always: bool = False) -> bool:
         """Have this process use these entries, best first, for the problem's bucket, whatever is stored.
 
-        False, and nothing done, where a deterministic problem of that bucket has been resolved before.
+        False, and nothing done, where a deterministic problem of that bucket has been resolved before; not if
+        ``always``, for ranks that must agree.
         """
         key = _bucket(problem, device)
-        if problem.deterministic and key in self.settled:
+        if problem.deterministic and key in self.settled and not always:
             return False
         self.settled[key] = tuple(entries)
         self.forget()

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,14 +28,16 @@ from . import check, measure
 from .autotune import search, store, tuner
 from .autotune.worker import Failed, Lost, Worker
 from .gate import Gate
-from .op import Choice, Op
+from .op import Choice, Op, config_from_dict
 from .profiling import timer
 from .profiling.device import Device, ceilings, clocks, describe
 
 BUDGETS = {"quick": 15.0, "full": math.inf}  # seconds a problem
-PATIENCE_S = 20.0  # without an answer a candidate counts as hung; three times as long where it compiles meanwhile
+PATIENCE_S = 20.0  # without an answer a candidate counts as hung
+COMPILING = 6  # times as long if it may be compiling
 READY_S = 300.0  # for what all candidates of a problem share: tensors, references, the default's compilation
 MOST_COMPILERS = 12
+ALIKE = ("direction", "dtype", "state", "layout")  # problems that agree in these tend to agree in what is best
 Name = tuple[str, Any]  # backend, Config
 
 
@@ -74,6 +77,11 @@ class Bench:
         posed = self.op.problem_type(**problem)
         if posed != self._problem:
             self._problem, self._posed, self._expected = None, None, {}  # free the last one's memory first
+            if posed.checkpoint:
+                # the default of the other direction takes part in judging: nobody's patience is for its compiler
+                other = dataclasses.replace(posed, direction="backward" if posed.direction == "forward" else "forward")
+                default = self.op.resolve(other, self.device.torch)
+                self.compile(other.key(), default.backend, dataclasses.asdict(default.config))
             self.gate.ready(posed)
             self._posed = self.op.cases.pose(self.op.cases.posed(posed).make(self.device.torch, seed=0), posed)
             self._problem = posed
@@ -178,7 +186,7 @@ class Session:
         where = str(device.torch)
         self._worker = Worker(bench, preload=True, op=op.name, device=where)
         self._compilers = [_Compiler(Worker(bench, op=op.name, device=where)) for _ in range(compilers)]
-        self._winners: list[tuple[Any, Name]] = []
+        self._winners = _earlier_winners(op, device)
 
     def __enter__(self) -> Session:
         return self
@@ -208,7 +216,8 @@ class Session:
         remote.expect(names)
         self._worker.start()
         begin = time.perf_counter()
-        remote.ready()
+        with contextlib.suppress(Failed, Lost):  # each candidate says so for itself
+            remote.ready()
         seconds = min(budget, 60.0)
         look, final = min(0.2, seconds / 300), min(1.0, seconds / 30)
         if math.isinf(budget):
@@ -217,7 +226,7 @@ class Session:
             strategy = search.halving(names, look, final, keep, group=lambda name: name[0])
         result = tuner.tune(remote, strategy, default, budget - (time.perf_counter() - begin), progress)
         if result.winner is not None:
-            self._winners.append((problem, result.winner))
+            self._winners.append((problem.bucket(), result.winner))
         return result
 
     def time(self, problem: Any, names: Sequence[Name], seconds: float) -> list[timer.Timing]:
@@ -236,8 +245,11 @@ class Session:
             return str(e)
 
     def bound(self, problem: Any) -> float:
-        """Seconds that the device needs at least for a problem."""
-        return self._worker.ask("bound", READY_S, problem=problem.key())
+        """Seconds that the device needs at least for a problem; 0 where that cannot be told."""
+        try:
+            return self._worker.ask("bound", READY_S, problem=problem.key())
+        except (Failed, Lost):
+            return 0.0
 
     def publish(self, problem: Any, result: tuner.Result) -> dict[str, Any]:
         """Store the winner, and behind it the best configuration of every other backend that was timed.
@@ -277,9 +289,26 @@ class Session:
                 keep.append((name, op.resolve(problem, device.torch, name).config))
             else:
                 others += [(name, config) for config in offered[name]]
-        alike = [name for p, name in self._winners if p.direction == problem.direction and p.dtype == problem.dtype]
+        bucket = problem.bucket()
+        alike = [name for b, name in self._winners if all(b.get(k) == bucket[k] for k in ALIKE)]
         others = search.nearest(others, alike, _steps_between)
         return list(dict.fromkeys([*keep, *others])), default, list(dict.fromkeys(keep))
+
+
+def _earlier_winners(op: Op, device: Device) -> list[tuple[dict[str, Any], Name]]:
+    """(bucket, what won) of all that is kept for this device, whatever versions it was tuned with."""
+    found = []
+    for _, entry in store.entries():
+        if isinstance(entry, dict) and (entry["key"].get("op"), entry["key"]["device"].get("name")) == (
+            op.name,
+            device.name,
+        ):
+            best = entry["choices"][0]
+            module = op.backends.get(best["backend"])
+            config = config_from_dict(module.Config, best["config"]) if isinstance(module, ModuleType) else None
+            if config is not None:
+                found.append((entry["key"]["problem"], (best["backend"], config)))
+    return found
 
 
 def _stored(op: Op, problem: Any, device: Device) -> list[Name]:
@@ -304,7 +333,7 @@ class _Compiler:
 
     def __init__(self, worker: Worker):
         self.worker = worker
-        self.name: Name | None = None
+        self.job: tuple[_Remote, Name] | None = None
         self.deadline = 0.0
 
 
@@ -326,14 +355,14 @@ class _Remote:
 
     def judge(self, name: Name) -> str | None:
         self.ready()
-        while any(c.name == name for c in self.session._compilers):
+        while any(c.job == (self, name) for c in self.session._compilers):
             self._feed()
             time.sleep(0.002)
         if (reason := self.compiled.get(name)) is not None:
             return reason
         if name in self.queue:
             self.queue.remove(name)
-        patience = self.session.patience * (1 if name in self.compiled else 3)
+        patience = self.session.patience * (1 if name in self.compiled else COMPILING)
         return self._ask("judge", patience, backend=name[0], config=dataclasses.asdict(name[1]))
 
     def time(self, names: Sequence[Name], seconds: float) -> list[timer.Timing]:
@@ -355,19 +384,19 @@ class _Remote:
     def _feed(self) -> None:
         """Collect what is compiled, give up on what hangs, and hand out what is next."""
         for c in self.session._compilers:
-            if c.name is not None and (c.worker.ready() or time.monotonic() > c.deadline):
-                name, c.name = c.name, None
-                self.compiled[name] = None
+            if c.job is not None and (c.worker.ready() or time.monotonic() > c.deadline):
+                (remote, name), c.job = c.job, None
+                remote.compiled[name] = None
                 try:
                     c.worker.receive(1.0 if time.monotonic() <= c.deadline else 0.0)
                 except Failed:
                     pass  # it says so again where it is judged
                 except Lost as e:
-                    self.compiled[name] = f"compiling: {e}"
-            if c.name is None and self.queue:
-                c.name = self.queue.pop(0)
-                c.deadline = time.monotonic() + 3 * self.session.patience
-                backend, config = c.name[0], dataclasses.asdict(c.name[1])
+                    remote.compiled[name] = f"compiling: {e}"
+            if c.job is None and self.queue:
+                name = self.queue.pop(0)
+                c.job, c.deadline = (self, name), time.monotonic() + COMPILING * self.session.patience
+                backend, config = name[0], dataclasses.asdict(name[1])
                 c.worker.post("compile", problem=self.problem.key(), backend=backend, config=config)
 
 
@@ -426,8 +455,15 @@ def tune(problem: Any, budget: str | float = "quick", device: torch.device | str
     op, seconds = op_of(problem), seconds_of(budget)
     where = describe(device or problem.device)
     if _ranks() > 1:
-        said = _from_rank_0(lambda: _tuned(op, problem, where, seconds))
-        op.settle(problem, where, [store.Entry(c["backend"], c["config"], "tuned") for c in said])
+
+        def here() -> list[dict[str, Any]]:
+            found = _tuned(op, problem, where, seconds)
+            chosen = op.resolve(problem, where.torch)  # of a deterministic problem, maybe not what was found
+            first = {"backend": chosen.backend, "config": dataclasses.asdict(chosen.config)}
+            return [first, *({k: c[k] for k in first} for c in found)]
+
+        said = _from_rank_0(here)
+        op.settle(problem, where, [store.Entry(c["backend"], c["config"], "tuned") for c in said], always=True)
     else:
         _tuned(op, problem, where, seconds)
     return op.resolve(problem, where.torch)

@@ -137,10 +137,14 @@ def test_a_candidate_that_is_wrong_or_breaks_its_process_is_a_trial_and_the_righ
     names = ("tail", "hang", "fault", "killed", "memory", "exit", "chatter")
     monkeypatch.setitem(OP.__dict__, "backends", {"faulty": faulty(*names)})
     problem = CASE.used("inference")
-    with tuning.Session(OP, CPU, patience=0.7, bench="faults:FaultyBench") as session:
+    with tuning.Session(OP, CPU, patience=0.5, bench="faults:FaultyBench") as session:
         result = session.tune(problem, tuning.BUDGETS["full"])
         lost = session._worker.lost
         session.publish(problem, result)
+        huge = dataclasses.replace(problem, length=1 << 50)  # not even its tensors can be made
+        failed = session.tune(huge, 1.0)
+        assert failed.winner is None
+        assert all("memory" in t.reason for t in failed.trials.values())
         assert session.verify(problem, "faulty", FaultyConfig("tail")).startswith("wrong result: out")
         assert session.verify(problem, "faulty", FaultyConfig()) is None
     reasons = {name[1].fault: trial.reason for name, trial in result.trials.items()}
@@ -197,14 +201,14 @@ def test_at_the_problems_own_size_candidates_must_agree(monkeypatch):
     assert bench.judge(config={"chunk": 16}, **asked) is None
 
 
-def test_two_tunings_in_one_session_begin_where_the_first_ended(monkeypatch, chunked_only):
+def test_a_search_begins_with_what_won_before(monkeypatch, chunked_only):
     session = tuning.Session.__new__(tuning.Session)
     session.op, session.device = OP, CPU
     problem = cases.parse("2,24,4000,16", "float32").used("inference")
     chunked = OP.backends["chunked"]
     sizes = [c.chunk for c in chunked.configs(problem, CPU)]
     winner = ("chunked", chunked.Config(sizes[-2]))
-    session._winners = [(problem, winner)]
+    session._winners = [(problem.bucket(), winner)]
     names, default, keep = session._candidates(problem, None)
     assert names[:2] == [default, winner]
     assert keep == [default]
@@ -214,6 +218,14 @@ def test_two_tunings_in_one_session_begin_where_the_first_ended(monkeypatch, chu
     assert names[:3] == [default, ("chunked", chunked.Config(sizes[-1])), winner]
     assert keep == names[:2]
     assert sorted(n[1].chunk for n in names) == sorted(sizes)
+    # what another process kept for a longer problem of the kind serves as well
+    longer = dataclasses.replace(problem, length=9000)
+    store.publish(OP.key(longer, CPU), [stored])
+    store.publish(OP.key(dataclasses.replace(longer, state=3), CPU), [{"backend": "chunked", "config": {"chunk": -1}}])
+    store.publish(OP.key(dataclasses.replace(longer, state=5), CPU), [{"backend": "gone", "config": {}}])
+    found = tuning._earlier_winners(OP, CPU)
+    assert sorted(bucket["length"] for bucket, _ in found) == [4096, 16384]
+    assert {name for _, name in found} == {("chunked", chunked.Config(sizes[-1]))}
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------------
