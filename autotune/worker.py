@@ -21,10 +21,6 @@ from typing import Any
 
 START_S = 120.0  # until the first worker is there: imports, on a machine that is busy
 POLL_MS = 50  # how often a nursery looks whether its parent lives
-_BOOT = (
-    "import json, sys; sys.path[:], *given = map(json.loads, sys.argv[1:]); "
-    "from scan_kernels.autotune.worker import nursery; nursery(*given)"
-)
 
 
 class Failed(RuntimeError):
@@ -50,7 +46,8 @@ class Worker:
         self._pid = 0
         self._buffer = b""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
-        boot = [sys.executable, "-c", _BOOT, *map(json.dumps, (sys.path, target, preload, arguments))]
+        # this file by itself: the package would import torch, which not everything that is served needs
+        boot = [sys.executable, __file__, *map(json.dumps, (sys.path, target, preload, arguments))]
         # a session of its own: Ctrl-C is for the parent, which closes its workers. What asks torch for a GPU while
         # it is imported must not start the driver, which no fork survives.
         self._process = subprocess.Popen(
@@ -173,11 +170,12 @@ def _write(pipe: int, content: dict[str, Any], begin: bytes = b"") -> None:
 # ---- in the other process --------------------------------------------------------------------------------------------
 
 
-def nursery(target: str, preload: bool, arguments: dict[str, Any]) -> None:
+def nursery(path: list[str], target: str, preload: bool, arguments: dict[str, Any]) -> None:
     """Fork a worker, and another whenever one is lost, until the parent is gone."""
     import resource
     import warnings
 
+    sys.path[:] = path
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     # what libraries print must not get between the replies
     requests, replies = os.dup(0), os.dup(1)
@@ -232,3 +230,7 @@ def _read_line(pipe: int) -> bytes:
             return b""
         line += more
     return line
+
+
+if __name__ == "__main__":
+    nursery(*map(json.loads, sys.argv[1:]))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import fcntl
 import itertools
 import os
-import signal
 import time
 import types
 from pathlib import Path
 
 import torch
+from echo import BREAKS
 
 from scan_kernels.profiling.device import describe
 from scan_kernels.selective_scan import OP
@@ -101,23 +100,6 @@ def spoil_sum(direction, problem, tensors, main):
         tensors[-1].dA[0] = 0
 
 
-def hang(*_):
-    while True:
-        time.sleep(1)
-
-
-def fault(*_):
-    ctypes.string_at(0)
-
-
-def be_killed(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def leave(*_):
-    os._exit(3)
-
-
 def fill_memory(*_):
     torch.empty(1 << 55)
 
@@ -134,9 +116,7 @@ KERNEL_FAULTS = {
     "bounds behind": write_behind, "stale stage": use_stale_stage, "input": write_input, "states": spoil_states,
     "row": spoil_row, "sum": spoil_sum,
 }  # fmt: skip
-PROCESS_FAULTS = {
-    "hang": hang, "fault": fault, "killed": be_killed, "exit": leave, "memory": fill_memory, "chatter": chatter,
-}  # fmt: skip
+PROCESS_FAULTS = BREAKS | {"memory": fill_memory, "chatter": chatter}
 FAULTS = KERNEL_FAULTS | PROCESS_FAULTS
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from faults import PROCESS_FAULTS, FaultyConfig, faulty, slow_to_compile
+from faults import FaultyConfig, faulty, slow_to_compile
 
 from scan_kernels import __main__ as command
 from scan_kernels import autotune, tuning
@@ -47,33 +47,9 @@ def chunked_only(monkeypatch):
 # ---- a worker --------------------------------------------------------------------------------------------------------
 
 
-class Echo:
-    """What a worker serves in tests: it knows how often it was asked."""
-
-    def __init__(self, first):
-        self.count = first
-
-    def add(self, value):
-        self.count += value
-        return self.count
-
-    def fail(self):
-        raise ValueError("one\ntwo")
-
-    def misbehave(self, how):
-        PROCESS_FAULTS[how]()
-
-    def ruin(self):
-        self.add = None
-        raise RuntimeError("a bad address")
-
-    def ruined(self):
-        return self.add is None
-
-
 @pytest.fixture(scope="module")
 def echo():
-    with Worker("test_tuning:Echo", first=10) as worker:
+    with Worker("echo:Echo", first=10) as worker:
         yield worker
 
 
@@ -106,7 +82,7 @@ def test_workers_end_with_their_parent():
     program = """
 import sys, time
 from scan_kernels.autotune.worker import Worker
-worker = Worker("test_tuning:Echo", first=0)
+worker = Worker("echo:Echo", first=0)
 worker.post("misbehave", how="hang")
 print(worker._process.pid, worker._pid, flush=True)
 time.sleep(60)
@@ -591,8 +567,15 @@ def run(*argv, **environment):
 
 def test_ctrl_c_keeps_what_is_finished_for_other_processes_and_leaves_none_behind():
     shapes = [f"1,8,33,{state}" for state in range(4, 34)]
-    argv = ["tune", "--shapes", *shapes, "--budget", "0.5", "--device", "cpu", "--backend", "chunked"]
-    tuned = subprocess.Popen([sys.executable, "-m", "scan_kernels", *argv], stdout=subprocess.PIPE, text=True)
+    program = """
+import sys
+from scan_kernels.__main__ import main
+from scan_kernels.selective_scan import OP
+OP.__dict__["backends"] = {"chunked": OP.backends["chunked"]}  # no Numba, which would take seconds to load
+sys.exit(main(sys.argv[1:]))
+"""
+    argv = ["tune", "--shapes", *shapes, "--budget", "0.5", "--device", "cpu"]
+    tuned = subprocess.Popen([sys.executable, "-c", program, *argv], stdout=subprocess.PIPE, text=True)
     while len(store.files()) < 3:
         assert tuned.poll() is None
         time.sleep(0.05)
@@ -697,19 +680,26 @@ def test_on_first_use_tunes_each_problem_once_and_only_there(monkeypatch, chunke
     assert OP.on_untuned is None
 
 
-RANKS = """
+RANKS = '''
 import sys
 import torch
 import torch.distributed as dist
 from scan_kernels import autotune, tuning
+from scan_kernels.autotune import store
 from scan_kernels.selective_scan import OP, cases
 rank, where = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
 OP.__dict__["backends"] = {"chunked": OP.backends["chunked"]}
-if rank:
-    tuning.Session = None  # only rank 0 tunes
-# a choice that nobody would take by chance
-tuning._choices = lambda result: [{"backend": "chunked", "config": {"chunk": 4}}]
+def tuned(op, problem, device, seconds):
+    """As if this had been found: nobody would take it by chance."""
+    assert rank == 0
+    if problem.state == 4:
+        return 1 / 0
+    found = [{"backend": "chunked", "config": {"chunk": 4}, "seconds": 1.0}]
+    op.settle(problem, device, [store.Entry("chunked", {"chunk": 4}, "tuned")])
+    return found
+
+tuning._tuned = tuned
 one, two, three = (cases.parse(f"1,4,20,{n}", "float32").used("inference") for n in (2, 3, 4))
 
 def resolved(problem):
@@ -720,14 +710,13 @@ autotune.tune(one, 0.3)
 resolved(one)
 with autotune.on_first_use(0.3):
     resolved(two)
-tuning._tuned = lambda *given: 1 / 0
 try:
     autotune.tune(three, 0.3)
 except RuntimeError as e:
     print(e)
 resolved(three)
 dist.destroy_process_group()
-"""
+'''
 
 
 def test_two_ranks_take_the_choice_of_rank_0(tmp_path):
