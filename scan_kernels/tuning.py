@@ -37,6 +37,7 @@ PATIENCE_S = 20.0  # without an answer a candidate counts as hung
 COMPILING = 6  # times as long if it may be compiling
 READY_S = 300.0  # for what all candidates of a problem share: tensors, references, the default's compilation
 MOST_COMPILERS = 12
+TIMING = ("median_s", "low_s", "high_s", "runs", "method")
 ALIKE = ("direction", "dtype", "state", "layout")  # problems that agree in these tend to agree in what is best
 Name = tuple[str, Any]  # backend, Config
 
@@ -112,14 +113,15 @@ class Bench:
     def time(
         self, problem: dict[str, Any], candidates: list[tuple[str, dict[str, Any]]], seconds: float
     ) -> list[dict[str, Any]]:
-        """Time candidates in interleaved rounds; the fields of a Timing for each."""
+        """Time candidates in interleaved rounds; those fields of a Timing for each that tuning uses."""
         self.ready(problem)
         # the timer wants strings for names
         calls = {
             str(k): self._call(backend, self._candidate(problem, backend, config)[1])
             for k, (backend, config) in enumerate(candidates)
         }
-        return [dataclasses.asdict(t) for t in timer.compare(calls, self.device, seconds=seconds).values()]
+        timings = timer.compare(calls, self.device, seconds=seconds).values()
+        return [{name: getattr(t, name) for name in TIMING} for t in timings]
 
     def bound(self, problem: dict[str, Any]) -> float:
         """Seconds that the device needs at least."""

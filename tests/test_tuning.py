@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+import torch
 from faults import FaultyConfig, faulty, slow_to_compile
 
 from scan_kernels import __main__ as command
 from scan_kernels import autotune, tuning
 from scan_kernels.autotune import store, tuner
 from scan_kernels.autotune.worker import Failed, Lost, Worker
+from scan_kernels.cuda_module import Kernel
 from scan_kernels.op import BackendUnavailable
-from scan_kernels.profiling.device import describe
+from scan_kernels.profiling.device import Device, describe
 from scan_kernels.selective_scan import OP, cases, fastest, selective_scan
+from scan_kernels.selective_scan.backends import cuda
 
 CPU = describe("cpu")
 SHAPE = "1,4,20,2"
@@ -157,6 +161,44 @@ def test_what_comes_next_is_compiled_while_a_candidate_is_timed(monkeypatch, tmp
     assert len({pid for *_, pid in compiled.values()}) >= 2
     assert any(begin < b and a < end for k, (begin, end, _) in compiled.items() for n, a, b, _ in ran if n != k)
     assert result.winner[0] == "slow"
+
+
+H100 = Device("cuda", 0, "H100", "sm_90", 132, 232448, 50 << 20, 80 << 30)
+
+
+@pytest.mark.parametrize(
+    ("use", "more"),
+    [
+        ("training", {"length": 2048, "dtype": "bfloat16"}),
+        ("inference", {"length": 1001, "layout": "dim"}),
+        ("inference", {"length": 9000, "batch": 1, "dim": 40}),
+        ("backward", {"length": 512, "groups": 2, "dim": 1536}),
+        ("backward", {"length": 600, "sequences": 3, "batch": 1}),
+        ("backward", {"length": 2048, "dtype": "bfloat16", "deterministic": True}),
+    ],
+    ids=str,
+)
+def test_what_is_compiled_ahead_is_what_is_launched(use, more, monkeypatch):
+    """The CUDA backend's kernels by source and defines, seen where CuPy would compile them."""
+    seen = set()
+    monkeypatch.setattr(Kernel, "function", lambda kernel, device, shared: seen.add(repr(kernel._source)))
+    monkeypatch.setattr(cuda, "supports", lambda problem: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setitem(OP.__dict__, "backends", {"cuda": cuda})
+    sizes = {"batch": 2, "dim": 96} | more
+    problem = dataclasses.replace(cases.parse("1,4,20,16", "float32").used(use, "cuda"), **sizes)
+    bench = tuning.Bench("selective_scan", "cpu")
+    for config in cuda.configs(problem, H100)[::2]:
+        seen.clear()
+        bench.compile(problem.key(), "cuda", dataclasses.asdict(config))
+        ahead = set(seen)
+        seen.clear()
+        for case, posed in [*cases.gates(problem), (cases.posed(problem), problem)]:
+            arguments, _ = cases.pose(case.make(seed=1), posed, run=False)
+            getattr(cuda, f"prepare_{posed.direction}")(posed, *arguments, config)
+        assert seen
+        assert seen == ahead, config
 
 
 def test_at_the_problems_own_size_candidates_must_agree(monkeypatch):
