@@ -87,24 +87,24 @@ class Bench:
             self._posed = self.op.cases.pose(self.op.cases.posed(posed).make(self.device.torch, seed=0), posed)
             self._problem = posed
 
-    def judge(self, problem: dict[str, Any], backend: str, config: dict[str, Any]) -> str | None:
+    def judge(
+        self, problem: dict[str, Any], backend: str, config: dict[str, Any], trusted: tuple[str, dict[str, Any]] | None
+    ) -> str | None:
         """None, or why the candidate must not win: what the gate says, or that it is wrong at the problem's size.
 
-        There, where float64 would take too long, the first candidate that passed the gate is what others must agree
-        with.
+        There, where float64 would take too long, it must agree with ``trusted``, the first candidate that passed.
         """
         self.ready(problem)
         _, made, posed = self._candidate(problem, backend, config)
         if (reason := self.gate(posed, backend, made)) is not None:
             return reason
-        results = self._posed.results
-        for t in results.values():
-            t.fill_(torch.nan)
-        self._call(backend, made)()
-        self._synchronise()
-        if not self._expected:
-            self._expected = {name: t.clone() for name, t in results.items()}
-        for name, t in results.items():
+        if trusted is not None and not self._expected:
+            self._run(trusted[0], self._candidate(problem, *trusted)[1])
+            self._expected = {name: t.clone() for name, t in self._posed.results.items()}
+        self._run(backend, made)
+        if trusted is None:
+            return None
+        for name, t in self._posed.results.items():
             difference = _distance(t, self._expected[name])
             if not difference <= measure.AGREEMENT[posed.dtype]:
                 return f"wrong result: {name} at the problem's own size: {difference:.1e} off"
@@ -147,6 +147,13 @@ class Bench:
     def _call(self, backend: str, config: Any) -> Callable[[], None]:
         run = getattr(self.op.backend(backend, self._problem), self._problem.direction)
         return lambda: run(self._problem, *self._posed.arguments, config)
+
+    def _run(self, backend: str, config: Any) -> None:
+        """Fill the results, which start as NaN."""
+        for t in self._posed.results.values():
+            t.fill_(torch.nan)
+        self._call(backend, config)()
+        self._synchronise()
 
     def _synchronise(self) -> None:
         if self.device.kind == "cuda":
@@ -229,7 +236,7 @@ class Session:
         result = tuner.tune(remote, strategy, default, budget - (time.perf_counter() - begin), progress)
         if result.winner is not None:
             self._winners.append((problem.bucket(), result.winner))
-        return result
+        return dataclasses.replace(result, seconds=time.perf_counter() - begin)
 
     def time(self, problem: Any, names: Sequence[Name], seconds: float) -> list[timer.Timing]:
         """Time candidates that passed before against each other, each for ``seconds``. Errors: Failed and Lost."""
@@ -267,11 +274,17 @@ class Session:
             "measured": problem.key(),
             "trials": [_record(t) for t in result.trials.values()],
             "seconds": round(result.seconds, 2),
-            "clocks": self._worker.ask("clocks", READY_S),
+            "clocks": self._clocks(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         store.keep(entry)
         return entry
+
+    def _clocks(self) -> dict[str, int]:
+        try:
+            return self._worker.ask("clocks", READY_S)
+        except (Failed, Lost):
+            return {}
 
     def _candidates(self, problem: Any, backends: Sequence[str] | None) -> tuple[list[Name], Name, list[Name]]:
         """(all, the heuristic that runs if nobody tunes, those that the final must hold), what is likely best first."""
@@ -346,6 +359,7 @@ class _Remote:
         self.session, self.problem = session, problem
         self.queue: list[Name] = []
         self.compiled: dict[Name, str | None] = {}  # None, or what went wrong; a name that is not here was not begun
+        self.trusted: tuple[str, dict[str, Any]] | None = None  # the first that passed, whichever worker judged it
 
     def expect(self, names: Sequence[Name]) -> None:
         self.queue = [n for n in names if n not in self.compiled] if self.session._compilers else []
@@ -365,7 +379,11 @@ class _Remote:
         if name in self.queue:
             self.queue.remove(name)
         patience = self.session.patience * (1 if name in self.compiled else COMPILING)
-        return self._ask("judge", patience, backend=name[0], config=dataclasses.asdict(name[1]))
+        backend, config = name[0], dataclasses.asdict(name[1])
+        reason = self._ask("judge", patience, backend=backend, config=config, trusted=self.trusted)
+        if reason is None and self.trusted is None:
+            self.trusted = backend, config
+        return reason
 
     def time(self, names: Sequence[Name], seconds: float) -> list[timer.Timing]:
         self.ready()
