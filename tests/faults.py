@@ -15,7 +15,7 @@ from echo import BREAKS
 
 from scan_kernels.profiling.device import describe
 from scan_kernels.selective_scan import OP
-from scan_kernels.tuning import Bench
+from scan_kernels.trials import Bench
 
 PACKAGE = "scan_kernels.selective_scan.backends"
 calls = itertools.count()

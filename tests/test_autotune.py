@@ -230,6 +230,22 @@ def test_a_failed_write_leaves_the_old_entry_and_no_litter(monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("step", ["mkdir", "mkstemp", "replace"])
+def test_a_read_only_cache_is_read_all_the_same(step, monkeypatch):
+    """Whoever runs the tests may write everywhere: the system's answer is made up."""
+    store.publish(some_key(), CHOICES)
+
+    def refuse(*given, **more):
+        raise OSError(30, "Read-only file system")
+
+    owner = {"mkdir": store.Path, "mkstemp": store.tempfile, "replace": store.os}[step]
+    monkeypatch.setattr(owner, step, refuse)
+    with pytest.raises(OSError, match="Read-only file system"):
+        store.publish(some_key(), CHOICES[:1])
+    assert len(list(store.lookup(some_key()))) == 2
+    assert len(list(store.files()[0].parent.iterdir())) == 1
+
+
 def test_a_disk_that_is_full_leaves_the_old_entry(cache):
     """As the system says it, by a limit on the size of files."""
     resource = pytest.importorskip("resource")

@@ -36,7 +36,8 @@ RULES = {
     "peers": ("op", "profiling.device", "OP.problem"),
     "measure": ("op", "peers", "profiling"),
     "gate": ("op", "check"),
-    "tuning": ("op", "check", "measure", "gate", "autotune", "profiling"),
+    "trials": ("check", "measure", "gate", "profiling"),  # a worker process; tuning knows it by name
+    "tuning": ("op", "check", "autotune", "profiling"),
     "text": ("profiling.device", "OP.cases", "mamba"),
     "cli": EVERYTHING,
     "__main__": EVERYTHING,

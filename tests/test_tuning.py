@@ -15,7 +15,7 @@ import torch
 from faults import FaultyConfig, faulty, slow_to_compile
 
 from scan_kernels import __main__ as command
-from scan_kernels import autotune, tuning
+from scan_kernels import autotune, trials, tuning
 from scan_kernels.autotune import store, tuner
 from scan_kernels.autotune.worker import Failed, Lost, Worker
 from scan_kernels.cuda_module import Kernel
@@ -188,7 +188,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(use, more, monkeypatch):
     monkeypatch.setitem(OP.__dict__, "backends", {"cuda": cuda})
     sizes = {"batch": 2, "dim": 96} | more
     problem = dataclasses.replace(cases.parse("1,4,20,16", "float32").used(use, "cuda"), **sizes)
-    bench = tuning.Bench("selective_scan", "cpu")
+    bench = trials.Bench("selective_scan", "cpu")
     for config in cuda.configs(problem, H100)[::2]:
         seen.clear()
         bench.compile(problem.key(), "cuda", dataclasses.asdict(config))
@@ -204,7 +204,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(use, more, monkeypatch):
 def test_at_the_problems_own_size_candidates_must_agree(monkeypatch):
     """A fault that small problems do not show: the gate passes it, the first right candidate's results do not."""
     problem = dataclasses.replace(CASE, length=500).used("inference")
-    bench = tuning.Bench("selective_scan", "cpu")
+    bench = trials.Bench("selective_scan", "cpu")
     chunked = OP.backends["chunked"]
     real, asked = chunked.forward, {"backend": "chunked", "problem": problem.key()}
 
@@ -219,7 +219,7 @@ def test_at_the_problems_own_size_candidates_must_agree(monkeypatch):
     for _ in range(2):
         assert "at the problem's own size" in bench.judge(config={"chunk": 32}, **asked)
         assert bench.judge(config={"chunk": 16}, **asked) is None
-        bench = tuning.Bench("selective_scan", "cpu")  # as where a worker was lost
+        bench = trials.Bench("selective_scan", "cpu")  # as where a worker was lost
 
 
 def test_a_search_begins_with_what_won_before(monkeypatch, chunked_only):
