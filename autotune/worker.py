@@ -31,6 +31,10 @@ class Lost(RuntimeError):
     """The worker died, or hung and was killed; another has taken its place and knows nothing of earlier requests."""
 
 
+class NoWorker(RuntimeError):
+    """The process that workers come from does not start, or is gone."""
+
+
 class Worker:
     """Methods of an object, called in another process.
 
@@ -58,17 +62,18 @@ class Worker:
     def ask(self, method: str, timeout: float, **arguments: Any) -> Any:
         """Call a method and wait for its result.
 
-        timeout: seconds after which it counts as hung. Errors: Failed if it raised; Lost if the worker is no more.
+        timeout: seconds after which it counts as hung. Errors: Failed if it raised; Lost if the worker is no more;
+        NoWorker if there is none.
         """
         self.post(method, **arguments)
         return self.receive(timeout)
 
     def start(self) -> None:
-        """Wait until there is a worker. Errors: RuntimeError where there is none in ``START_S`` seconds."""
+        """Wait until there is a worker. Errors: NoWorker where there is none in ``START_S`` seconds."""
         deadline = time.monotonic() + START_S
         while not self._pid:
             if (said := self._line(deadline)) is None:
-                raise RuntimeError(f"a worker process did not start in {START_S:.0f} s")
+                raise NoWorker(f"a worker process did not start in {START_S:.0f} s")
             self._pid = said.get("pid", 0)
 
     def post(self, method: str, **arguments: Any) -> None:
@@ -138,7 +143,7 @@ class Worker:
             if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
                 return None
             if not (more := os.read(self._process.stdout.fileno(), 1 << 16)):
-                raise RuntimeError(f"a worker process could not be started: {self._last_words()}")
+                raise NoWorker(f"a worker process could not be started: {self._last_words()}")
             self._buffer += more
 
     def _last_words(self) -> str:

@@ -17,7 +17,7 @@ from faults import FaultyConfig, faulty, slow_to_compile
 from scan_kernels import __main__ as command
 from scan_kernels import autotune, trials, tuning
 from scan_kernels.autotune import store, tuner
-from scan_kernels.autotune.worker import Failed, Lost, Worker
+from scan_kernels.autotune.worker import Failed, Lost, NoWorker, Worker
 from scan_kernels.cuda_module import Kernel
 from scan_kernels.op import BackendUnavailable
 from scan_kernels.profiling.device import Device, describe
@@ -78,7 +78,7 @@ def test_a_worker_answers_and_remembers_until_it_is_lost(echo):
 
 
 def test_a_worker_that_cannot_start_says_why():
-    with Worker("no.such.module:name") as worker, pytest.raises(RuntimeError, match="No module named 'no'"):
+    with Worker("no.such.module:name") as worker, pytest.raises(NoWorker, match="No module named 'no'"):
         worker.ask("anything", 10)
 
 
@@ -330,6 +330,14 @@ def test_an_interrupt_keeps_what_is_finished_and_a_second_call_goes_on_there(mon
     assert "1 of 1 problems stored" in out
     assert [p.state for p in calls] == [2, 3, 3]
     assert "2 of 2 problems stored" in said(capsys, *argv, "--again")
+
+
+def test_where_no_process_starts_the_verb_says_so_and_exit_code_1(monkeypatch, played, capsys):
+    def fail(self, *given):
+        raise NoWorker("a worker process could not be started: no room")
+
+    monkeypatch.setattr(Played, "tune", fail)
+    assert "could not be started: no room" in said(capsys, "--shapes", SHAPE, code=1)
 
 
 def test_what_is_deterministic_is_not_tuned_again(played, capsys):
@@ -613,7 +621,8 @@ def run(*argv, **environment):
 def test_ctrl_c_keeps_what_is_finished_for_other_processes_and_leaves_none_behind():
     shapes = [f"1,8,33,{state}" for state in range(4, 34)]
     program = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
 from scan_kernels.__main__ import main
 from scan_kernels.selective_scan import OP
 OP.__dict__["backends"] = {"chunked": OP.backends["chunked"]}  # no Numba, which would take seconds to load

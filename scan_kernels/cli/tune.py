@@ -206,6 +206,7 @@ def _tune(op: Op, args: argparse.Namespace, device: Device) -> int:
 
     from .. import tuning
     from ..autotune import store
+    from ..autotune.worker import NoWorker
 
     try:
         budget = tuning.seconds_of(args.budget)
@@ -258,19 +259,25 @@ def _tune(op: Op, args: argparse.Namespace, device: Device) -> int:
                     # what everybody runs who did not tune: this is news, not a trial
                     status = 1
                     out.print(f"{title}: the default failed: {broken}", markup=False, style="red")
+                row: tuple[str, ...] = ("none passed",)
                 if result.winner is None:
                     status = 1
-                    shown.add_row(title, "none passed")
                 else:
                     try:
                         session.publish(problem, result)
                         stored += 1
                     except OSError as e:
                         unwritable[str(e)] += 1
-                    shown.add_row(title, *_row(problem, result, line.bound))
+                    row = _row(problem, result, line.bound)
+                shown.add_row(title, *row)
+                if not out.is_terminal:  # no bar to be seen there
+                    out.print(f"{title}: {'  '.join(row)}", markup=False)
                 bar.advance(task)
     except KeyboardInterrupt:
         status = 130
+    except NoWorker as e:
+        status = 1
+        out.print(str(e), markup=False, style="red")
     op.forget()
     if todo:
         out.print(shown)
