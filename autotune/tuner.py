@@ -1,7 +1,7 @@
 """The tuner: candidates are admitted by the gate, timed as a search strategy asks, and the best one is named.
 
-It knows no op. A candidate is a name and a callable; the gate is a function that says why a name must not win. A
-candidate that fails is a trial with a reason: data, not an error.
+It knows no op and runs nothing itself: a ``Runner`` does. A candidate that is wrong, raises, hangs or takes its
+process along is a trial with a reason: data, not an error.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
-import torch
+from ..profiling.timer import Timing
+from .search import Name, Strategy
+from .worker import Failed, Lost
 
-from ..profiling import timer
-from ..profiling.device import Device
-from .search import HOPELESS_GROUP, Name, Round, Strategy
-
-SLOW_S = 0.1  # a quicker call is timed however slow it seems: launching, or a busy neighbour, may have been the cost
+LOOKS = 0.6  # of the budget: when it is spent no further candidate is looked at, and the final is held
+FLOOR = 0.005  # of a median: no timing is believed to be better than this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Trial:
     """What became of one candidate: a timing, or the reason why there is none."""
 
     name: Name
-    timing: timer.Timing | None = None
+    timing: Timing | None = None
     reason: str = ""
     final: bool = False  # timed in the last, interleaved round: comparable with the others of that round
 
@@ -37,6 +37,8 @@ class Result:
     trials: dict[Name, Trial]
     winner: Name | None
     default: Name
+    seconds: float = 0.0  # what the whole took
+    unseen: int = 0  # candidates for which there was no time
 
     @property
     def gain(self) -> float:
@@ -47,22 +49,35 @@ class Result:
         return default.timing.median_s / winner.timing.median_s
 
 
+class Runner(Protocol):
+    """What judges and times candidates. Errors of all its methods: worker.Failed and worker.Lost."""
+
+    def expect(self, names: Sequence[Name]) -> None:
+        """These will be asked for, in this order: a hint, to compile them meanwhile."""
+
+    def judge(self, name: Name) -> str | None:
+        """None, or why the candidate must not win."""
+
+    def time(self, names: Sequence[Name], seconds: float) -> list[Timing]:
+        """Time candidates in interleaved rounds, each for ``seconds``."""
+
+
 def tune(
-    candidates: Mapping[Name, Callable[[], object]],
-    gate: Callable[[Name], str | None],
-    device: Device,
+    runner: Runner,
     strategy: Strategy,
     default: Name,
+    budget: float = math.inf,
     progress: Callable[[Trial], None] = lambda trial: None,
 ) -> Result:
     """Find the fastest candidate that passes the gate.
 
-    candidates: name -> callable that runs it once on the problem to tune for. gate(name): None, or why its result is
-    wrong; asked once for each name, before it is timed. default: what runs if nobody tunes; it is replaced only if
-    the gap exceeds the noise. progress: called with each trial as it is made.
+    default: what runs if nobody tunes; it is replaced only if the gap exceeds the noise, see ``noise``. budget:
+    seconds for all of it; what is being compiled or timed as they end is finished, and the final is always held.
+    progress: called with each trial as it is made.
     """
     trials: dict[Name, Trial] = {}
-    slow: dict[Name, float] = {}  # refused for it: the strategy is told, so that it draws its conclusions
+    begin = time.perf_counter()
+    unseen: set[Name] = set()
 
     def note(trial: Trial) -> None:
         trials[trial.name] = trial
@@ -70,75 +85,65 @@ def tune(
 
     def admitted(name: Name) -> bool:
         if name not in trials:
-            best = min((t.timing.median_s for t in trials.values() if t.timing is not None), default=math.inf)
-            reason, seconds = _refusal(name, candidates[name], gate, device, best)
-            note(Trial(name, reason=reason))
-            if seconds is not None:
-                slow[name] = seconds
+            try:
+                reason = runner.judge(name)
+            except (Failed, Lost) as e:
+                reason = str(e)
+            note(Trial(name, reason=reason or ""))
         return not trials[name].reason
 
-    def time_all(names: list[Name], request: Round) -> dict[Name, float]:
-        passed = [n for n in names if admitted(n)]
-        # the timer wants strings for names
-        callables = {str(i): candidates[n] for i, n in enumerate(passed)}
+    def timed(names: list[Name], seconds: float, final: bool) -> dict[Name, float]:
         try:
-            timings = timer.compare(callables, device, seconds=request.seconds).values()
-        except Exception as e:
-            if len(passed) == 1:
-                note(Trial(passed[0], reason=_said(e)))
+            timings = runner.time(names, seconds) if names else []
+        except (Failed, Lost) as e:
+            if len(names) == 1:
+                note(Trial(names[0], reason=str(e)))
                 return {}
-            # together they may not fit, or one fails only now: alone, the others still count
-            return {name: s for n in passed for name, s in time_all([n], request).items()}
-        for n, timing in zip(passed, timings, strict=True):
-            note(Trial(n, timing, final=request.together))
-        return {n: slow[n] for n in names if n in slow} | {n: t.median_s for n, t in zip(passed, timings, strict=True)}
+            # one of them fails only now, or together they do not fit: alone, the others still count
+            alone = {n: s for name in names for n, s in timed([name], seconds, final).items()}
+            return timed(list(alone), seconds, final) if 1 < len(alone) < len(names) else alone
+        for n, timing in zip(names, timings, strict=True):
+            note(Trial(n, timing, final=final))
+        return {n: t.median_s for n, t in zip(names, timings, strict=True)}
+
+    def look(name: Name, seconds: float) -> dict[Name, float]:
+        if time.perf_counter() - begin < LOOKS * budget or not trials:
+            return timed([name], seconds, False) if admitted(name) else {}
+        if (seen := trials.get(name)) is None:
+            unseen.add(name)
+        return {name: seen.timing.median_s} if seen and seen.timing else {}
 
     request = next(strategy, None)
     while request is not None:
-        batches = [request.names] if request.together else [[n] for n in request.names]
-        times: dict[Name, float] = {}
-        for batch in batches:
-            times |= time_all(batch, request)
+        runner.expect([n for n in request.names if n not in trials])
+        if request.together:
+            times = timed([n for n in request.names if admitted(n)], request.seconds, True)
+        else:
+            times = {n: s for name in request.names for n, s in look(name, request.seconds).items()}
         try:
             request = strategy.send(times)
         except StopIteration:
             request = None
-    return Result(trials, _winner(trials.values(), default), default)
+    runner.expect([])
+    return Result(trials, _winner(trials.values(), default), default, time.perf_counter() - begin, len(unseen))
 
 
-def _refusal(
-    name: Name, run: Callable[[], object], gate: Callable[[Name], str | None], device: Device, best: float
-) -> tuple[str, float | None]:
-    """Why the candidate may not take part, empty if it may: it is wrong, raises, or takes the seconds given beside."""
+def noise(timing: Timing) -> float:
+    """Seconds on either side of a median: two timings of one thing lie further apart than both in 1 case of 20.
 
-    def call() -> float:
-        begin = time.perf_counter()
-        run()
-        if device.kind == "cuda":
-            torch.cuda.synchronize(device.torch)
-        return time.perf_counter() - begin
-
-    limit = max(SLOW_S, HOPELESS_GROUP * best)
-    try:
-        reason = gate(name)
-        # the first call may compile
-        if reason is None and call() > limit and (seconds := call()) > limit:
-            return f"more than {HOPELESS_GROUP:g} times slower than the best", seconds
-    except Exception as e:
-        reason = _said(e)
-    return reason or "", None
-
-
-def _said(e: Exception) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+    The notch of a box plot: McGill, Tukey and Larsen 1978, 1.57 times the quartiles' distance over sqrt(runs).
+    """
+    return max(1.57 * (timing.high_s - timing.low_s) / math.sqrt(timing.runs), FLOOR * timing.median_s)
 
 
 def _winner(trials: Collection[Trial], default: Name) -> Name | None:
-    """The fastest finalist; the default unless its lower quartile is above the fastest one's upper quartile."""
+    """The fastest finalist; the default unless the noise intervals of the two are apart."""
     finalists = {t.name: t.timing for t in trials if t.final and t.timing is not None}
     if not finalists:
         return None
     best = min(finalists, key=lambda n: finalists[n].median_s)
-    if default in finalists and finalists[best].high_s >= finalists[default].low_s:
-        return default
+    if default in finalists:
+        ours, theirs = finalists[best], finalists[default]
+        if ours.median_s + noise(ours) >= theirs.median_s - noise(theirs):
+            return default
     return best

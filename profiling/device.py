@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -90,6 +91,53 @@ def _describe_cpu() -> Device:
     except (ValueError, OSError, AttributeError):
         memory = 0
     return Device("cpu", 0, name, platform.machine(), cores, 0, 0, memory)
+
+
+def setting(device: Device) -> dict[str, int | None]:
+    """What may change how fast a device is while it stays the same one; None where nobody tells.
+
+    memory_mhz: highest memory clock. driver: its major version. power_w: the limit set. A CPU has none of these.
+    """
+    return dict(_setting(device.index) if device.kind == "cuda" else dict.fromkeys(("memory_mhz", "driver", "power_w")))
+
+
+@functools.cache
+def _setting(index: int) -> dict[str, int | None]:
+    found: dict[str, int | None] = dict.fromkeys(("memory_mhz", "driver", "power_w"))
+    # no library, no driver, no permission: NVML has an error class for each
+    with contextlib.suppress(Exception):
+        nvml, handle = _nvml(index)
+        found["driver"] = int(_text(nvml.nvmlSystemGetDriverVersion()).partition(".")[0])
+        found["memory_mhz"] = int(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM))
+        found["power_w"] = round(nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3)
+    return found
+
+
+def clocks(device: Device) -> dict[str, int]:
+    """The clocks of this moment in MHz, as far as somebody tells."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(Exception):
+        if device.kind == "cuda":
+            nvml, handle = _nvml(device.index)
+            for name, clock in (("sm", nvml.NVML_CLOCK_SM), ("memory", nvml.NVML_CLOCK_MEM)):
+                found[f"{name}_mhz"] = int(nvml.nvmlDeviceGetClockInfo(handle, clock))
+        else:
+            with open("/proc/cpuinfo", encoding="utf-8") as f:
+                figures = [float(line.split(":", 1)[1]) for line in f if line.startswith("cpu MHz")]
+            found["core_mhz"] = round(max(figures))
+    return found
+
+
+def _nvml(index: int) -> tuple:
+    """NVML, and its handle of torch's device of that index."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+
+
+def _text(said: str | bytes) -> str:
+    return said.decode() if isinstance(said, bytes) else said
 
 
 # ---- ceilings ----------------------------------------------------------------------------------------------

@@ -17,7 +17,13 @@ and, where deciding what to launch costs more than launching it, also
 
 ``run`` does what forward or backward does, for any tensors that have the ``signature`` of those it was prepared with,
 on any stream, from any thread, with their device current. It is kept for as long as nobody calls ``Op.forget``, so it
-must not hold on to a tensor.
+must not hold on to a tensor. Preparing compiles what ``run`` launches, and launches nothing: tuning does it ahead.
+
+A backend whose ``configs`` differ between problems of one bucket may have
+
+    valid(problem, device, config) -> bool     whether it can run the problem with this configuration
+
+so that a choice tuned for one of them serves the others; without it, only what ``configs`` lists is taken.
 
 A module that fails to import (its library is not installed) is a backend that cannot run, with that reason.
 """
@@ -59,6 +65,7 @@ class Choice:
     config: Any
     source: str  # "argument", "tuned", "shipped", "architecture" or "heuristic"
     module: ModuleType = dataclasses.field(repr=False, compare=False)
+    note: str = dataclasses.field(default="", compare=False)  # why a choice of a better source was passed over
 
 
 class Memo(dict[Hashable, Any]):
@@ -81,6 +88,11 @@ class Op:
         self.calls = Memo()  # prepared calls by signature and flags
         self._resolved = Memo()
         self._stored = Memo()
+        # entries that hold for as long as this process lives, by device and bucket: those that tuning handed over, and
+        # those of deterministic problems, whose results must not change because somebody tunes meanwhile
+        self.settled: dict[Hashable, tuple[store.Entry, ...]] = {}
+        # called with (problem, device) before a heuristic is used, to put something better there with ``settle``
+        self.on_untuned: Callable[[Any, Device], None] | None = None
         self._untuned_reported: set[tuple[str, str]] = set()
 
     @property
@@ -114,7 +126,8 @@ class Op:
         """Hash of everything that decides what the kernels compute: a tuned choice holds for these sources only."""
         shared = Path(__file__).with_name("cuda_module.py")
         folder = Path(importlib.import_module(f"{self.package}.backends").__path__[0])
-        return store.hash_sources([folder, *([shared] if shared.exists() else [])])
+        problem = folder.with_name("problem.py")
+        return store.hash_sources([folder, *(p for p in (problem, shared) if p.exists())])
 
     def key(self, problem, device: Device) -> store.Key:
         """What a tuned choice for this problem on this device is stored under."""
@@ -160,6 +173,37 @@ class Op:
         for memo in (self.calls, self._resolved, self._stored):
             memo.clear()
 
+    def settle(self, problem, device: Device, entries: Iterable[store.Entry], always: bool = False) -> bool:
+        """Have this process use these entries, best first, for the problem's bucket, whatever is stored.
+
+        False, and nothing done, where a deterministic problem of that bucket has been resolved before; not if
+        ``always``, for ranks that must agree.
+        """
+        key = _bucket(problem, device)
+        if problem.deterministic and key in self.settled and not always:
+            return False
+        self.settled[key] = tuple(entries)
+        self.forget()
+        return True
+
+    def accept(self, problem, device: Device, backend: str, config: dict[str, Any]) -> tuple[Any, str]:
+        """(Config, "") if a stored choice can run this very problem; else (None, why not)."""
+        module = self.backends.get(backend)
+        if not isinstance(module, ModuleType):
+            return None, f"{backend}: {module or 'no such backend'}"
+        if (reason := module.supports(problem)) is not None:
+            return None, f"{backend}: {reason}"
+        found = config_from_dict(module.Config, config)
+        if found is not None:
+            if hasattr(module, "valid"):
+                suits = module.valid(problem, device, found)
+            else:
+                suits = found in module.configs(problem, device)
+            if suits:
+                return found, ""
+        values = ", ".join(f"{k}={v!r:.20}" for k, v in config.items())
+        return None, f"{backend}: no configuration for this problem: {values:.300}"
+
     def _resolve(self, problem, device: Device, backend: str, config: Any) -> Choice:
         if config is not None:
             name = type(config).__module__.rpartition(".")[2]
@@ -169,25 +213,45 @@ class Op:
             return Choice(name, config, "argument", self.backend(name, problem))
         if backend != "auto":
             self.backend(backend, problem)
-        reasons = self.reasons(problem)
-        for entry in self._entries(problem, device):
-            if backend not in ("auto", entry.backend) or reasons.get(entry.backend, "unknown") is not None:
-                continue
-            module = self.backend(entry.backend, problem)
-            if (found := config_from_dict(module.Config, entry.config)) in module.configs(problem, device):
-                return Choice(entry.backend, found, entry.source, module)
-        for name, reason in reasons.items():
+        choice, note = self._stored_choice(problem, device, backend)
+        if choice is None and backend == "auto" and (tune := self.on_untuned) is not None:
+            self.on_untuned = None  # what tuning itself runs is not tuned
+            try:
+                tune(problem, device)
+            finally:
+                self.on_untuned = tune
+            choice, note = self._stored_choice(problem, device, backend)
+        if choice is not None:
+            return choice
+        for name, reason in self.reasons(problem).items():
             if backend in ("auto", name) and reason is None:
                 module = self.backend(name, problem)
                 self._report_untuned(problem, device)
-                return Choice(name, module.configs(problem, device)[0], "heuristic", module)
+                return Choice(name, module.configs(problem, device)[0], "heuristic", module, note)
         raise BackendUnavailable(self._explain("no backend can run this problem", problem))
+
+    def _stored_choice(self, problem, device: Device, backend: str) -> tuple[Choice | None, str]:
+        """The first stored choice that can run the problem, if any, and why those before it cannot."""
+        passed: list[str] = []
+        for entry in self._entries(problem, device):
+            if backend in ("auto", entry.backend):
+                config, reason = self.accept(problem, device, entry.backend, entry.config)
+                if config is not None:
+                    module = self.backend(entry.backend, problem)
+                    return Choice(entry.backend, config, entry.source, module, "; ".join(passed)), ""
+                passed.append(f"{entry.source} choice passed over: {reason}")
+        return None, "; ".join(passed)
 
     def _entries(self, problem, device: Device) -> tuple[store.Entry, ...]:
         """What is stored for the problem's bucket: it holds many problems, and the look-up reads files."""
-        key = (device, *problem.bucket().items())
-        found = self._stored.get(key)
-        return self._stored.put(key, tuple(store.lookup(self.key(problem, device)))) if found is None else found
+        key = _bucket(problem, device)
+        if (found := self.settled.get(key)) is not None:
+            return found
+        if (found := self._stored.get(key)) is None:
+            found = self._stored.put(key, tuple(store.lookup(self.key(problem, device))))
+        if problem.deterministic:
+            self.settled[key] = found
+        return found
 
     def _report_untuned(self, problem, device: Device) -> None:
         """Say once per GPU that a heuristic is in use, and what would fix it. Never tune implicitly."""
@@ -195,14 +259,18 @@ class Op:
             return
         self._untuned_reported.add((self.name, device.name))
         warnings.warn(
-            f"{self.name} is not tuned for {device.name}; using its heuristic. "
-            f"To tune: scan-kernels tune --op {self.name}",
+            f"{self.name} is not tuned for {device.name}; using its heuristic. To tune: scan-kernels tune "
+            f"--op {self.name} {self.cases.spelled(problem)}",
             stacklevel=2,
         )
 
     def _explain(self, headline: str, problem) -> str:
         lines = [f"  {name}: {reason or 'can run it'}" for name, reason in self.reasons(problem).items()]
         return "\n".join([f"{self.name}: {headline}. Backends:", *lines])
+
+
+def _bucket(problem, device: Device) -> Hashable:
+    return (device, *problem.bucket().items())
 
 
 def is_eager() -> bool:

@@ -9,3 +9,4 @@ from scan_kernels.selective_scan import OP
 def nothing_remembered():
     """Calls are prepared anew, so that what another test put in place of a function or a device is gone."""
     OP.forget()
+    OP.settled.clear()

@@ -6,21 +6,15 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-import types
 import warnings
 
 import pytest
-import torch
 
-from scan_kernels import __main__ as command
-from scan_kernels.autotune import search, store, tuner
-from scan_kernels.cli import tune as verb
+from scan_kernels.autotune import search, store, tables, tuner, worker
 from scan_kernels.profiling.device import describe
 from scan_kernels.profiling.timer import Timing
-from scan_kernels.selective_scan import OP, cases
+from scan_kernels.selective_scan import OP
 from scan_kernels.selective_scan.problem import Problem
 
 CPU = describe("cpu")
@@ -36,10 +30,10 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SCAN_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "TABLES", tmp_path / "tables")
     monkeypatch.setattr(store, "_reported", set())
-    store._table.cache_clear()
+    store.table.cache_clear()
     OP.forget()
     yield tmp_path / "cache"
-    store._table.cache_clear()
+    store.table.cache_clear()
     OP.forget()
 
 
@@ -67,8 +61,10 @@ def test_round_trip(cache):
     written = json.loads(path.read_text())
     assert written["key"] == key.as_dict()
     assert written["date"] == "today"
-    assert set(written["key"]) == {"op", "problem", "device", "sources", "versions"}
-    assert {"torch", "numba"} <= set(written["key"]["versions"])
+    assert set(written["key"]) == {"op", "validity", "device", "problem"}
+    assert written["key"]["validity"].keys() == {"schema", "sources", "versions"}
+    assert {"torch", "numba", "llvmlite", "nvidia-cuda-nvrtc"} <= set(written["key"]["validity"]["versions"])
+    assert written["key"]["device"].keys() == {*store.HARDWARE, "memory_mhz", "driver", "power_w"}
     assert store.files() == [path]
     if os.name == "posix":
         assert {p.stat().st_mode & 0o777 for p in (cache, *path.parents[:3])} == {0o700}
@@ -106,20 +102,32 @@ def test_neighbours_share_a_bucket_and_others_do_not():
     json.dumps(base.bucket())
 
 
-@pytest.mark.parametrize("change", [{"name": "another"}, {"arch": "sm_90"}, {"units": 7}, {"l2_bytes": 1}])
-def test_another_device_misses(change):
-    store.publish(some_key(), CHOICES)
-    assert list(store.lookup(some_key(dataclasses.replace(CPU, **change)))) == []
+HARDWARE = [{"name": "another"}, {"arch": "sm_90"}, {"units": 7}, {"l2_bytes": 1}]
+SETTING = [{"memory_mhz": 2619}, {"driver": 580}, {"power_w": 700}]
 
 
-def test_other_sources_or_versions_miss(monkeypatch):
-    key = some_key()
+@pytest.mark.parametrize("change", [*HARDWARE, *SETTING, "sources", "op", "versions", "schema"], ids=str)
+def test_a_change_of_any_one_field_misses_and_is_named(change, monkeypatch):
+    stored, key = some_key().as_dict(), some_key()
     store.publish(key, CHOICES)
-    assert list(store.lookup(dataclasses.replace(key, sources="0" * 32))) == []
-    assert list(store.lookup(dataclasses.replace(key, op="another"))) == []
     assert list(store.lookup(key))
-    monkeypatch.setattr(store, "versions", lambda: {"torch": "1.0"})
+    if change in HARDWARE:
+        key = some_key(dataclasses.replace(CPU, **change))
+    elif change in SETTING:
+        monkeypatch.setattr(
+            store, "setting", lambda device: dict.fromkeys(("memory_mhz", "driver", "power_w")) | change
+        )
+    elif change in ("sources", "op"):
+        key = dataclasses.replace(key, **{change: "0"})
+    elif change == "versions":
+        monkeypatch.setattr(store, "versions", lambda: stored["validity"]["versions"] | {"torch": "1.0"})
+    else:
+        monkeypatch.setattr(store, "SCHEMA", 0)
     assert list(store.lookup(key)) == []
+    name = next(iter(change)) if isinstance(change, dict) else "torch" if change == "versions" else change
+    ((field, here, there),) = store.differences(key.as_dict(), stored)
+    assert field.endswith(name)
+    assert here != there
 
 
 def test_the_source_hash_follows_every_kernel_file(tmp_path):
@@ -140,7 +148,7 @@ def test_the_source_hash_follows_every_kernel_file(tmp_path):
 
 
 def entry(**changes):
-    return json.dumps({"schema": store.SCHEMA, "key": some_key().as_dict(), "choices": CHOICES} | changes).encode()
+    return json.dumps({"key": some_key().as_dict(), "choices": CHOICES} | changes).encode()
 
 
 CORRUPT = {
@@ -148,8 +156,9 @@ CORRUPT = {
     "truncated": lambda p: p.write_bytes(entry()[:-40]),
     "not text": lambda p: p.write_bytes(bytes(range(256))),
     "not an entry": lambda p: p.write_bytes(b"[1, 2]"),
-    "other schema": lambda p: p.write_bytes(entry(schema=0)),
+    "other schema": lambda p: p.write_bytes(entry().replace(b'"schema": 2', b'"schema": 1')),
     "key of a wrong type": lambda p: p.write_bytes(entry(key=[])),
+    "part of a key of a wrong type": lambda p: p.write_bytes(entry(key=some_key().as_dict() | {"problem": 3})),
     "another key": lambda p: p.write_bytes(entry(key=some_key(state=8).as_dict())),
     "choices of a wrong type": lambda p: p.write_bytes(entry(choices={"chunked": 3})),
     "no choices": lambda p: p.write_bytes(entry(choices=[])),
@@ -221,40 +230,111 @@ def test_a_failed_write_leaves_the_old_entry_and_no_litter(monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
-def _write_forever(seed):
+@pytest.mark.parametrize("step", ["mkdir", "mkstemp", "replace"])
+def test_a_read_only_cache_is_read_all_the_same(step, monkeypatch):
+    """Whoever runs the tests may write everywhere: the system's answer is made up."""
+    store.publish(some_key(), CHOICES)
+
+    def refuse(*given, **more):
+        raise OSError(30, "Read-only file system")
+
+    owner = {"mkdir": store.Path, "mkstemp": store.tempfile, "replace": store.os}[step]
+    monkeypatch.setattr(owner, step, refuse)
+    with pytest.raises(OSError, match="Read-only file system"):
+        store.publish(some_key(), CHOICES[:1])
+    assert len(list(store.lookup(some_key()))) == 2
+    assert len(list(store.files()[0].parent.iterdir())) == 1
+
+
+def test_a_disk_that_is_full_leaves_the_old_entry(cache):
+    """As the system says it, by a limit on the size of files."""
+    resource = pytest.importorskip("resource")
+    path = store.publish(some_key(), CHOICES)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            store.publish(some_key(), CHOICES[:1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len(list(store.lookup(some_key()))) == 2
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_dead_writers_left_is_swept_up():
+    path = store.publish(some_key(), CHOICES)
+    old, new = path.with_name(".writing-old"), path.with_name(".writing-new")
+    old.touch()
+    new.touch()
+    os.utime(old, (1, 1))
+    store.publish(some_key(), CHOICES)
+    assert (old.exists(), new.exists()) == (False, True)
+    assert store.clear() == 1
+    assert list(path.parent.iterdir()) == []
+
+
+def _write_forever(seed, said):
+    """Publish until killed, and say of every publish that returned how far this writer had come by then."""
     rng = random.Random(seed)
-    while True:
-        config = {"chunk": rng.choice([16, 32]), "padding": "x" * rng.randrange(20_000)}
-        choice = {"backend": "chunked", "config": config}
-        store.publish(some_key(state=rng.randrange(1, 4)), [choice])
+    for count in range(10**9):
+        choice = {"backend": "chunked", "config": {"count": count, "padding": "x" * rng.randrange(20_000)}}
+        store.publish(some_key(state=rng.randrange(1, 4)), [choice])  # all writers write these
+        store.publish(some_key(state=100 + seed), [choice])  # only this one
+        os.write(said, f"{seed} {count}\n".encode())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starting processes by fork is what makes this quick")
-def test_writers_killed_at_random_never_spoil_a_read():
+def test_eight_writers_killed_at_random_spoil_no_read_and_lose_no_publish():
     some_key().as_dict()  # hashes sources and asks for versions before the fork, so that writers write at once
     context = multiprocessing.get_context("fork")
     rng, reads = random.Random(), 0
+    heard, said = os.pipe()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # fork beside torch's idle threads
-        writers = [context.Process(target=_write_forever, args=(i,)) for i in range(4)]
+        writers = [context.Process(target=_write_forever, args=(i, said)) for i in range(8)]
         for w in writers:
             w.start()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while any(w.is_alive() for w in writers) and time.monotonic() < deadline:
-            for state in (1, 2, 3):
+            for state in (1, 2, 3, *range(100, 108)):
                 reads += len(list(store.lookup(some_key(state=state))))
-            if reads > 300 and rng.random() < 0.05:
+            if reads > 300 and rng.random() < 0.2:
                 os.kill(rng.choice([w.pid for w in writers if w.is_alive()]), signal.SIGKILL)
                 time.sleep(0.01)
-    for w in writers:
-        w.kill()
-        w.join()
-    assert reads > 300
-    assert len(store.files()) == 3
-    for path in store.files():
-        assert store._check(json.loads(path.read_text()))
+        for w in writers:
+            w.kill()
+            w.join()
+        os.close(said)
+        with os.fdopen(heard) as f:
+            published = dict(map(int, line.split()) for line in f)
+        assert reads > 300
+        assert len(published) == 8
+        for seed, count in published.items():
+            (entry,) = store.lookup(some_key(state=100 + seed))
+            assert entry.config["count"] - count in (0, 1)  # 1: killed between publishing and saying so
+    assert len(store.files()) == 11
+    assert not [reason for _, reason in store.entries() if isinstance(reason, str)]
+
+
+def test_differences_go_deep_and_know_what_is_missing():
+    a, b = {"x": {"y": 1, "z": [1]}, "w": 2}, {"x": {"y": 2, "z": [1], "v": None}, "u": {"t": 1}}
+    assert store.differences(a, b) == [("u", None, {"t": 1}), ("w", 2, None), ("x.y", 1, 2)]
+
+
+@pytest.mark.parametrize("op", ["../../etc", "", "a/b", 3, "A" * 65])
+def test_an_entry_cannot_choose_its_folder(op):
+    with pytest.raises(ValueError, match="op"):
+        store.keep({"key": some_key().as_dict() | {"op": op}, "choices": CHOICES})
+    evil = some_key().as_dict()
+    evil["device"] = evil["device"] | {"name": "../../x"}
+    assert store.place(evil).parent.name == "x"
+    evil["device"]["name"] = ".."
+    with pytest.raises(ValueError, match="device"):
+        store.place(evil)
 
 
 def test_a_look_up_is_quick():
@@ -273,9 +353,9 @@ def test_a_look_up_is_quick():
 def ship(folder, choices, **key):
     path = store.TABLES / folder / "selective_scan.json"
     path.parent.mkdir(parents=True)
-    shipped = some_key().as_dict() | {"sources": "of the release", "versions": {}} | key
-    path.write_text(json.dumps({"entries": [{"schema": store.SCHEMA, "key": shipped, "choices": choices}]}))
-    store._table.cache_clear()
+    shipped = some_key().as_dict() | {"validity": {"schema": 2, "sources": "of the release", "versions": {}}} | key
+    path.write_text(json.dumps({"entries": [{"key": shipped, "choices": choices}]}))
+    store.table.cache_clear()
     return path
 
 
@@ -303,8 +383,12 @@ def test_the_order_is_tuned_shipped_architecture_heuristic():
 
 
 def test_a_shipped_table_is_for_exactly_its_device():
-    ship(CPU.slug, CHOICES, device=some_key(dataclasses.replace(CPU, units=CPU.units + 1)).as_dict()["device"])
+    path = ship(CPU.slug, CHOICES, device=some_key(dataclasses.replace(CPU, units=CPU.units + 1)).as_dict()["device"])
     assert list(store.lookup(some_key())) == []
+    path.unlink()
+    path.parent.rmdir()
+    ship(CPU.slug, CHOICES, device=some_key().as_dict()["device"] | {"driver": 1, "power_w": 2})
+    assert {e.source for e in store.lookup(some_key())} == {"shipped"}
 
 
 def test_a_corrupt_shipped_table_warns_once_and_misses():
@@ -328,7 +412,88 @@ def test_a_corrupt_shipped_table_warns_once_and_misses():
 )
 def test_a_stored_choice_that_does_not_suit_the_problem_is_passed_over(choice):
     store.publish(some_key(), [choice])
-    assert OP.resolve(some_problem(), CPU.torch).source == "heuristic"
+    found = OP.resolve(some_problem(), CPU.torch)
+    assert found.source == "heuristic"
+    assert "tuned choice passed over" in found.note
+    assert choice["backend"] in found.note
+
+
+def test_a_choice_is_checked_on_the_very_problem_of_a_bucket():
+    """129 and 250 steps share a bucket; a chunk of 256 steps suits both, though neither lists the other's choices."""
+    long, short = some_problem(length=250), some_problem(length=129)
+    assert long.bucket() == short.bucket()
+    for size, source in ((256, "tuned"), (512, "heuristic"), (0, "heuristic"), (-4, "heuristic")):
+        store.publish(OP.key(long, CPU), [{"backend": "chunked", "config": {"chunk": size}}])
+        OP.forget()
+        assert OP.resolve(short, CPU.torch, "chunked").source == source
+    kept = some_problem(checkpoint=16)
+    store.publish(OP.key(kept, CPU), [{"backend": "chunked", "config": {"chunk": 32}}])
+    assert OP.resolve(kept, CPU.torch, "chunked").source == "heuristic"
+
+
+def test_what_is_deterministic_keeps_its_choice_whatever_is_tuned_meanwhile():
+    problem, other = some_problem(deterministic=True), some_problem()
+    for p in (problem, other):
+        assert OP.resolve(p, CPU.torch, "chunked").source == "heuristic"
+        store.publish(OP.key(p, CPU), [{"backend": "chunked", "config": {"chunk": 32}}])
+    OP.forget()
+    assert OP.resolve(problem, CPU.torch, "chunked").source == "heuristic"
+    assert OP.resolve(other, CPU.torch, "chunked").source == "tuned"
+    assert not OP.settle(problem, CPU, [store.Entry("chunked", {"chunk": 64}, "tuned")])
+    assert OP.settle(other, CPU, [store.Entry("chunked", {"chunk": 64}, "tuned")])
+    assert OP.resolve(other, CPU.torch, "chunked").config.chunk == 64
+    OP.settled.clear()  # as in a new process
+    OP.forget()
+    assert OP.resolve(problem, CPU.torch, "chunked").source == "tuned"
+
+
+# ---- making tables ---------------------------------------------------------------------------------------------------
+
+
+def measured(name, arch, times, **changes):
+    """A GPU's entry for a problem, with the times of its candidates by chunk."""
+    device = dataclasses.replace(CPU, kind="cuda", name=name, arch=arch)
+    trials = [{"backend": "chunked", "config": {"chunk": c}, "seconds": s, "runs": 9} for c, s in times.items()]
+    best = min(trials, key=lambda t: t["seconds"])
+    key = OP.key(some_problem(device="cuda", **changes), device).as_dict()
+    return {
+        "key": key, "choices": [best], "trials": [*trials, {"backend": "x", "config": {}, "reason": "no"}],
+        "date": "2026-01-01", "clocks": {"sm_mhz": 1980},
+    }  # fmt: skip
+
+
+def test_tables_are_merged_and_the_fallback_has_the_best_worst_case(tmp_path):
+    folder = tmp_path / "tables"
+    first = [
+        measured("GPU A", "sm_90", {16: 1.0, 32: 1.1, 64: 1.4, 128: 9.0}),
+        measured("GPU A", "sm_90", {16: 1.0}, state=8),
+    ]
+    second = [measured("GPU B", "sm_90", {16: 4.0, 32: 2.2, 64: 2.0, 128: 2.1})]
+    tables.write(folder, "selective_scan", first, {"commit": "a"})
+    written = tables.write(folder, "selective_scan", second, {"commit": "b"})
+    assert [p.relative_to(folder).parts[0] for p in written] == ["gpu-b", *tables.ARCHITECTURES]
+    read = store.read_table(folder / "gpu-a" / "selective_scan.json")
+    assert read["provenance"] == {"commit": "a"}
+    assert [len(e["trials"]) for e in read["entries"]] == [3, 1]  # 9.0 is hopeless, and one has no time
+    for arch in tables.ARCHITECTURES:  # sm_90 by its own devices, the others by all there are
+        table = store.read_table(folder / arch / "selective_scan.json")
+        assert table["provenance"] == {"commit": "b", "from": ["GPU A", "GPU B"]}
+        by_state = {e["key"]["problem"]["state"]: e["choices"][0] for e in table["entries"]}
+        # 16 costs twice the best on B and 64 1.4 times on A; 32 at most 1.1 times; 128 is too slow on A to be known
+        assert (by_state[16]["config"], by_state[16]["worst"]) == ({"chunk": 32}, 1.1)
+        assert by_state[8]["config"] == {"chunk": 16}
+    # measured again: the newer entry takes the older one's place, and the other problem's stays
+    tables.write(folder, "selective_scan", [measured("GPU A", "sm_90", {64: 0.5})], {"commit": "c"})
+    entries = store.read_table(folder / "gpu-a" / "selective_scan.json")["entries"]
+    assert sorted((e["key"]["problem"]["state"], e["choices"][0]["seconds"]) for e in entries) == [(8, 1.0), (16, 0.5)]
+    assert oct((folder / "gpu-a" / "selective_scan.json").stat().st_mode)[-3:] == "644"
+
+
+def test_a_written_table_is_what_dispatch_reads(tmp_path):
+    entry = measured(CPU.name, CPU.arch, {16: 1.0})
+    entry["key"] = some_key().as_dict()
+    tables.write(store.TABLES, "selective_scan", [entry], {})
+    assert [e.source for e in store.lookup(some_key())] == ["shipped"]
 
 
 # ---- search ---------------------------------------------------------------------------------------------------------
@@ -353,300 +518,155 @@ def test_halving_finds_the_best_and_keeps_what_it_must():
         names = [(group, i) for group in "abc"[: rng.randint(1, 3)] for i in range(rng.randint(1, 20))]
         times = {n: rng.uniform(1, 3) for n in names if rng.random() < 0.9}
         keep = names[:1]
-        rounds = play(search.halving(names, 1.0, keep=keep, group=lambda n: n[0]), times)
+        rounds = play(search.halving(names, 0.1, 1.0, keep=keep, group=lambda n: n[0]), times)
         final = rounds[-1]
         assert final.together
+        assert final.seconds == 1.0
         assert len(final.names) <= search.FINALISTS + len(keep)
         if times:
             assert min(times, key=times.get) in final.names
         if keep[0] in times:
             assert keep[0] in final.names
-        assert sum(r.seconds * len(r.names) for r in rounds) < 2.0
         assert not [r for r in rounds[:-1] if r.together]
+        looked = [n for r in rounds[:-1] for n in r.names]
+        assert len(looked) <= 2.5 * len(names)
 
 
 def test_halving_leaves_a_hopeless_group_after_one_look():
-    names = [("slow", i) for i in range(5)] + [("quick", i) for i in range(5)]
+    names = [("quick", i) for i in range(5)] + [("slow", i) for i in range(5)]
     times = {n: 100.0 if n[0] == "slow" else 1.0 + n[1] for n in names}
-    looked = {n for r in play(search.halving(names, 1.0, group=lambda n: n[0]), times) for n in r.names}
+    looked = {n for r in play(search.halving(names, 0.1, 1.0, group=lambda n: n[0]), times) for n in r.names}
     assert looked == {("slow", 0)} | {("quick", i) for i in range(5)}
 
 
-def test_sampled_and_exhaustive():
-    (everything,) = play(search.exhaustive("abc", 3.0), {})
-    assert everything == search.Round(["a", "b", "c"], 1.0, together=True)
-    (some,) = play(search.sampled(range(100), 1.0, count=10, seed=3, keep=[42]), {})
-    assert len(some.names) == 10
-    assert 42 in some.names
+@pytest.mark.parametrize("strategy", ["exhaustive", "sampled", "halving"])
+def test_every_strategy_ends_with_the_best_and_what_is_kept_against_each_other(strategy):
+    names, keep = list(range(40)), [7, 31]
+    times = {n: 1.0 + abs(n - 20) / 50 for n in names}
+    options = {"count": 40} if strategy == "sampled" else {}
+    *looks, final = play(getattr(search, strategy)(names, 0.1, 1.0, keep=keep, **options), times)
+    assert final == search.Round([7, 19, 20, 21, 31], 1.0, together=True)
+    assert {n for r in looks for n in r.names} == set(names)
+    few = play(getattr(search, strategy)([1, 2], 0.1, 1.0, keep=[1], **options), times)
+    assert few == [search.Round([1, 2], 1.0, together=True)]
 
 
-# ---- the tuner ------------------------------------------------------------------------------------------------------
+def test_a_sample_holds_what_is_kept_and_its_size():
+    look, final = play(
+        search.sampled(range(100), 0.1, 1.0, count=10, seed=3, keep=[42]), dict.fromkeys(range(100), 1.0)
+    )
+    assert len(look.names) == 10
+    assert 42 in look.names
+    assert 42 in final.names
 
 
-def spin(seconds):
-    def run():
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
+def test_what_won_before_and_its_neighbours_come_first():
+    names = [(a, b) for a in range(3) for b in range(3)]
+    apart = lambda x, y: sum(p != q for p, q in zip(x, y, strict=True))  # noqa: E731
+    ordered = search.nearest(names, [(2, 1)], apart)
+    assert ordered[0] == (2, 1)
+    assert {apart(n, (2, 1)) for n in ordered[1:5]} == {1}
+    assert search.nearest(names, [], apart) == names
 
-    return run
+
+# ---- the tuner -------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_and_a_raising_candidate_are_trials_with_a_reason_and_never_win():
-    ran = []
+class Playback:
+    """A runner whose candidates take the given times, with some noise; a string is why the gate refuses one."""
 
-    def explode():
-        raise MemoryError("no room\nfor this")
+    def __init__(self, times, spread=0.01, runs=100, fails=(), lost=(), cost=0.0):
+        self.times, self.spread, self.runs, self.cost = times, spread, runs, cost
+        self.fails, self.lost = set(fails), set(lost)
+        self.expected, self.asked = [], []
 
-    def judge(name):
-        if name == "gate raises":
-            raise ZeroDivisionError("in the gate")
-        return "wrong result: out" if name == "wrong" else None
+    def expect(self, names):
+        self.expected.append(list(names))
 
-    candidates = {
-        "default": spin(4e-4),
-        "wrong": lambda: ran.append("wrong"),
-        "raises": explode,
-        "gate raises": lambda: ran.append("gate raises"),
-        "good": spin(1e-4),
-    }
-    strategy = search.exhaustive(list(candidates), 0.2)
-    result = tuner.tune(candidates, judge, CPU, strategy, "default")
+    def judge(self, name):
+        time.sleep(self.cost)
+        if name in self.lost:
+            raise worker.Lost("died of SIGSEGV")
+        return self.times[name] if isinstance(self.times[name], str) else None
+
+    def time(self, names, seconds):
+        self.asked.append(list(names))
+        if bad := self.fails & set(names):
+            raise worker.Failed(f"RuntimeError: {bad}")
+        ts = [self.times[n] for n in names]
+        return [Timing(t, t * (1 - self.spread / 2), t * (1 + self.spread / 2), self.runs, "played") for t in ts]
+
+
+def tune(runner, strategy=None, **options):
+    names = list(runner.times)
+    return tuner.tune(runner, strategy or search.exhaustive(names, 0.1, 1.0, keep=names[:1]), names[0], **options)
+
+
+def test_a_wrong_and_a_lost_candidate_are_trials_with_a_reason_and_never_win():
+    runner = Playback({"default": 4.0, "wrong": "wrong result: out", "lost": 0.1, "good": 1.0}, lost=["lost"])
+    result = tune(runner)
     assert result.winner == "good"
-    assert result.gain > 2
+    assert result.gain == 4.0
     reasons = {n: t.reason for n, t in result.trials.items() if t.timing is None}
-    assert reasons == {
-        "wrong": "wrong result: out",
-        "raises": "MemoryError: no room for this",
-        "gate raises": "ZeroDivisionError: in the gate",
-    }
-    assert ran == []
+    assert reasons == {"wrong": "wrong result: out", "lost": "died of SIGSEGV"}
+    assert not [names for names in runner.asked if {"wrong", "lost"} & set(names)]
 
 
-def test_a_candidate_that_fails_late_costs_only_itself():
-    calls = []
-
-    def late():
-        calls.append(1)
-        if len(calls) > 3:
-            raise RuntimeError("out of memory")
-
-    candidates = {"default": spin(1e-4), "late": late, "good": spin(2e-5)}
-    result = tuner.tune(candidates, lambda n: None, CPU, search.exhaustive(list(candidates), 0.2), "default")
+def test_a_candidate_that_fails_only_in_the_final_costs_only_itself():
+    result = tune(Playback({"default": 2.0, "late": 0.5, "good": 1.0}, fails=["late"]))
     assert result.winner == "good"
-    assert result.trials["late"].reason == "RuntimeError: out of memory"
+    assert result.trials["late"].reason == "RuntimeError: {'late'}"
+    assert [t.final for t in result.trials.values() if t.timing] == [True, True]
 
 
-def test_a_slow_backend_costs_two_calls():
-    calls = []
+def test_what_fails_only_together_is_timed_alone():
+    class Crowded(Playback):
+        def time(self, names, seconds):
+            if len(names) > 1:
+                raise worker.Failed("OutOfMemoryError")
+            return super().time(names, seconds)
 
-    def slow():
-        calls.append(1)
-        spin(0.15)()
-
-    candidates = {("quick", i): spin(1e-4) for i in range(4)} | {("slow", i): slow for i in range(4)}
-    strategy = search.halving(list(candidates), 0.1, group=lambda n: n[0])
-    result = tuner.tune(candidates, lambda n: None, CPU, strategy, ("quick", 0))
-    assert len(calls) == 2
-    assert result.winner[0] == "quick"
-    assert "slower" in result.trials["slow", 0].reason
+    assert tune(Crowded({"default": 2.0, "good": 1.0})).winner == "good"
 
 
-@pytest.mark.parametrize(("fastest", "winner"), [((0.90, 0.95, 0.99), "new"), ((0.90, 0.95, 1.00), "default")])
-def test_the_default_stays_unless_the_gap_exceeds_the_noise(monkeypatch, fastest, winner):
-    def compare(fns, device, *, seconds):
-        quartiles = [(1.0, 1.05, 1.1), fastest]
-        return {n: Timing(q[1], q[0], q[2], 9, "made up") for n, q in zip(fns, quartiles, strict=True)}
+@pytest.mark.parametrize(
+    ("gap", "spread", "runs", "winner"),
+    [(0.10, 0.01, 100, "new"), (0.10, 1.0, 100, "default"), (0.10, 1.0, 10_000, "new"), (0.008, 0.0, 10**6, "default")],
+)
+def test_the_default_stays_unless_the_gap_exceeds_the_noise(gap, spread, runs, winner):
+    assert tune(Playback({"default": 1.0, "new": 1.0 - gap}, spread, runs)).winner == winner
 
-    monkeypatch.setattr(tuner.timer, "compare", compare)
-    candidates = {"default": lambda: None, "new": lambda: None}
-    result = tuner.tune(candidates, lambda n: None, CPU, search.exhaustive(list(candidates), 1.0), "default")
-    assert result.winner == winner
+
+def test_two_timings_of_one_thing_seldom_lie_further_apart_than_their_noise():
+    rng, apart = random.Random(1), 0
+    for _ in range(400):
+        pair = []
+        for _ in range(2):
+            s = sorted(rng.gauss(1.0, 0.1) for _ in range(101))
+            pair.append(Timing(s[50], s[25], s[75], 101, ""))
+        apart += abs(pair[0].median_s - pair[1].median_s) > sum(map(tuner.noise, pair))
+    assert 0.01 <= apart / 400 <= 0.08
+
+
+def test_a_budget_ends_the_looks_and_never_the_final():
+    names = list(range(100))
+    runner = Playback({n: 1.0 + n / 100 for n in reversed(names)}, cost=0.01)  # the best comes last
+    begin = time.perf_counter()
+    result = tune(runner, search.halving(list(runner.times), 0.1, 1.0, keep=[99]), budget=0.2)
+    assert time.perf_counter() - begin < 1.0
+    assert result.unseen > 50
+    assert len(result.trials) + result.unseen == 100
+    assert result.trials[99].final
+    assert sum(t.final for t in result.trials.values()) == 4
+    assert result.winner == min(n for n, t in result.trials.items() if t.timing)
+
+
+def test_the_runner_is_told_what_comes():
+    runner = Playback({n: 1.0 + n for n in range(9)})
+    tune(runner)
+    assert runner.expected[0] == list(range(9))
+    assert runner.expected[-1] == []
 
 
 def test_nothing_wins_where_nothing_passes():
-    result = tuner.tune({"a": lambda: None}, lambda n: "no", CPU, search.exhaustive(["a"], 1.0), "a")
-    assert result.winner is None
-
-
-# ---- the composition ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class FaultyConfig:
-    fault: str = "none"
-
-
-FaultyConfig.__module__ = "scan_kernels.selective_scan.backends.faulty"
-
-
-def faulty_backend():
-    """The chunked backend with planted faults: quick because it leaves work out."""
-    chunked = OP.backends["chunked"]
-    module = types.ModuleType(FaultyConfig.__module__)
-    module.RANK, module.Config = 999, FaultyConfig
-    module.supports = lambda problem: None
-    module.configs = lambda problem, device: [
-        FaultyConfig(f) for f in ("none", "tail", "unwritten", "states", "row", "dA")
-    ]
-
-    def good(problem):
-        return chunked.configs(problem, CPU)[0]
-
-    def forward(problem, inputs, outputs, config):
-        chunked.forward(problem, inputs, outputs, good(problem))
-        if config.fault == "tail":
-            outputs.out[..., -1] = 0
-        if config.fault == "unwritten":
-            outputs.out[..., 5] = torch.empty_like(outputs.out[..., 5])
-        if config.fault == "states" and outputs.states is not None:
-            outputs.states[1] = 0
-        if config.fault == "row":
-            outputs.out[1, 3] *= 1.01
-
-    def backward(problem, inputs, states, cotangents, gradients, config):
-        chunked.backward(problem, inputs, states, cotangents, gradients, good(problem))
-        if config.fault == "dA":
-            gradients.dA[0] = 0
-
-    module.forward, module.backward = forward, backward
-    return module
-
-
-def run_tune(use, backends, budget=0.02):
-    case = cases.parse("2,8,65,4", "float32")
-    problem = case.used(use)
-    gate = verb.Gate(OP, CPU)
-    line = verb._Line("", lambda text: None)
-    result = verb.tune_problem(OP, case, use, problem, case.make(), CPU, backends, budget, gate, line)
-    return problem, result
-
-
-@pytest.mark.parametrize(
-    ("use", "caught"),
-    [
-        ("inference", {"tail", "unwritten", "row"}),
-        ("training", {"tail", "unwritten", "row", "states"}),
-        ("backward", {"dA"}),
-    ],
-)
-def test_the_gate_refuses_planted_faults(monkeypatch, use, caught):
-    backends = {"chunked": OP.backends["chunked"], "faulty": faulty_backend()}
-    monkeypatch.setitem(OP.__dict__, "backends", backends)
-    gate, case = verb.Gate(OP, CPU), cases.parse("2,8,65,4", "float32")
-    problem = case.used(use)
-    verdicts = {c.fault: gate(case, use, "faulty", c) for c in backends["faulty"].configs(problem, CPU)}
-    assert {fault for fault, reason in verdicts.items() if reason} == caught
-    assert all("wrong result" in verdicts[fault] for fault in caught)
-
-
-def test_what_is_published_serves_auto_and_each_backend():
-    problem, result = run_tune("inference", None, budget=0.1)
-    verb.publish(OP, problem, CPU, result)
-    OP.forget()
-    auto = OP.resolve(problem, CPU.torch)
-    assert (auto.backend, auto.config) == result.winner
-    assert auto.source == "tuned"
-    assert OP.resolve(problem, CPU.torch, "chunked").source == "tuned"
-
-
-def test_an_interrupt_keeps_what_is_finished(monkeypatch, capsys):
-    real, calls = verb.tune_problem, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(verb, "tune_problem", interrupted)
-    argv = ["tune", "--shapes", "1,4,20,2", "1,4,20,3", "--backend", "chunked", "--budget", "0.02", "--device", "cpu"]
-    assert command.main([*argv, "--direction", "backward"]) == 130
-    assert len(store.files()) == 1
-    assert "1 of 2 problems stored" in capsys.readouterr().out
-
-
-def test_a_default_that_fails_the_gate_is_said_and_what_is_right_is_kept(monkeypatch, capsys):
-    argv = ["tune", "--shapes", "1,4,20,2", "--budget", "0.02", "--device", "cpu", "--direction", "backward"]
-    chunked, faulty = OP.backends["chunked"], faulty_backend()
-    monkeypatch.setitem(OP.__dict__, "backends", {"chunked": chunked})
-    assert command.main(argv) == 0
-    faulty.configs = lambda problem, device: [FaultyConfig("dA")]
-    monkeypatch.setitem(OP.__dict__, "backends", {"faulty": faulty, "chunked": chunked})
-    assert command.main(argv) == 1
-    assert "the default failed: wrong result: dA" in capsys.readouterr().out
-    (kept,) = [json.loads(p.read_text())["choices"] for p in store.files()]
-    assert [c["backend"] for c in kept] == ["chunked"]
-
-
-def test_a_full_disk_is_said_and_fails_the_verb(monkeypatch, capsys):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store, "publish", full)
-    argv = ["tune", "--shapes", "1,4,20,2", "--backend", "chunked", "--budget", "0.02", "--device", "cpu"]
-    assert command.main([*argv, "--direction", "backward"]) == 1
-    assert "No space left on device" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        ([], "VERB"),
-        (["nope"], "nope"),
-        (["tune", "--shapes", "1,2,3"], "batch,dim,length,state"),
-        (["tune", "--shapes", "1,2,3,0"], "sizes from 1"),
-        (["tune", "--shapes", "1,2,3,4,int8"], "bf16"),
-        (["tune", "--op", "nope"], "--op"),
-        (["tune", "--backend", "nope"], "--backend"),
-        (["tune", "--device", "tpu"], "--device"),
-        (["tune", "--budget", "0"], "--budget"),
-        (["tune", "--direction", "up"], "--direction"),
-        (["info", "--device", "meta"], "--device"),
-        (["check", "--backend", "nope"], "--backend"),
-    ],
-)
-def test_a_bad_argument_is_one_line_and_exit_code_2(argv, said, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(argv)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-
-
-def run(*argv, codes=(0,)):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode in codes, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_a_second_process_runs_what_the_first_one_tuned():
-    options = ["--shapes", "1,8,33,4", "--budget", "0.05", "--direction", "forward", "--device", "cpu"]
-    # 1: the gate drew an input on which a default is wrong; what is right is stored all the same
-    said = run("-m", "scan_kernels", "tune", *options, codes=(0, 1))
-    assert "3 of 3 problems stored" in said
-    program = """
-import sys
-from scan_kernels.autotune import store
-from scan_kernels.profiling.device import describe
-heavy = {"triton", "cupy", "numba"} - set(sys.modules)
-list(store.lookup(store.Key("op", "sources", {"a": 1}, describe("cpu"))))
-assert not heavy & set(sys.modules), "a look-up imported a compiler"
-import torch
-from scan_kernels import fastest
-from scan_kernels.selective_scan.cases import parse
-print(fastest(parse("1,8,33,4", "float32").used("training"), "cpu").source)
-tensors = parse("1,8,40,4", "float32").make()  # in the same bucket
-tensors = {k: v for k, v in tensors.items() if k not in ("dout", "dlast_state")}
-print(fastest(tensors).source)
-print(fastest(parse("1,8,65,4", "float32").used("training"), "cpu").source)
-"""
-    assert run("-c", program).split() == ["tuned", "tuned", "heuristic"]
-
-
-def test_info_names_the_device_the_backends_and_why():
-    said = run("-m", "scan_kernels", "info", "--device", "cpu")
-    for expected in (CPU.name, "torch", "chunked", "cuda", "heuristic: not tuned", "0 tuned entries"):
-        assert expected in said
+    assert tune(Playback({"a": "no"})).winner is None

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scan_kernels import reference, selective_scan
 from scan_kernels.selective_scan.backends import chunked
-from scan_kernels.selective_scan.cases import USES, Case, judge, launcher
+from scan_kernels.selective_scan.cases import USES, Case, judge, pose
 
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
@@ -70,9 +70,9 @@ def test_memory(use, lengths):
     """No tensor is larger than the kept states and the states of one block of chunks together."""
     case = Case("", batch=2, dim=24, length=1000, state=40, lengths=lengths)
     problem = case.used(use)
-    launch = launcher(case.make(), problem)
+    arguments, _ = pose(case.make(), problem)
     with Largest() as seen:
-        launch(chunked, chunked.Config(16))()
+        getattr(chunked, problem.direction)(problem, *arguments, chunked.Config(16))
     rows, chunk = problem.rows, problem.checkpoint or 16
     slots = problem.batch * problem.length // chunk + rows
     assert seen.elements <= problem.dim * problem.state * (slots + problem.batch * (chunk + 1))
@@ -128,8 +128,12 @@ def test_what_is_not_finite_reaches_only_what_depends_on_it(name, value, packed)
 def test_packed_sequences_wait_for_nothing(use):
     """Offsets on a GPU are never read back."""
     case = Case("", dim=64, state=16, lengths=(300, 0, 700), initial_state=True)
-    launch = launcher(case.make("cuda"), case.used(use, "cuda"))
-    call = launch(chunked, chunked.Config(16))
+    problem = case.used(use, "cuda")
+    arguments, _ = pose(case.make("cuda"), problem)
+
+    def call():
+        getattr(chunked, problem.direction)(problem, *arguments, chunked.Config(16))
+
     call()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -17,7 +17,12 @@ EVERYTHING = ("",)
 RULES = {
     "reference": ("reference",),
     "profiling": ("profiling",),
-    "autotune": ("autotune", "profiling"),  # never an op: callables are handed to it
+    "autotune": ("autotune", "profiling", "tuning"),  # never an op; its __init__ alone hands on what tuning composes
+    "autotune.search": (),
+    "autotune.store": ("profiling.device",),
+    "autotune.tables": ("autotune",),
+    "autotune.tuner": ("autotune", "profiling"),
+    "autotune.worker": (),
     "cuda_module": (),
     "op": ("autotune.store", "profiling.device"),
     "OP": ("op", "OP.problem", "OP.plan"),
@@ -30,6 +35,9 @@ RULES = {
     "check": ("op", "reference", "profiling"),
     "peers": ("op", "profiling.device", "OP.problem"),
     "measure": ("op", "peers", "profiling"),
+    "gate": ("op", "check"),
+    "trials": ("check", "measure", "gate", "profiling"),  # a worker process; tuning knows it by name
+    "tuning": ("op", "check", "autotune", "profiling"),
     "text": ("profiling.device", "OP.cases", "mamba"),
     "cli": EVERYTHING,
     "__main__": EVERYTHING,
@@ -154,6 +162,8 @@ def test_a_checkout_imports_as_it_lies():
         ("scan_kernels.profiling.device", "from .. import autotune"),
         ("scan_kernels.autotune.tuner", "from ..selective_scan.problem import Problem"),
         ("scan_kernels.autotune.tuner", "from scan_kernels import selective_scan"),
+        ("scan_kernels.autotune.store", "from .. import tuning"),
+        ("scan_kernels.tuning", "from .selective_scan import OP"),
         ("scan_kernels.op", "from .autotune import tuner"),
         ("scan_kernels.op", "from .selective_scan import OP"),
         ("scan_kernels.op", "def f():\n    from .profiling import timer"),

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         shown = table(f"{name}: what would run", "shape", "use", "backend", "config", "why")
         for (case, use), problem in problems.items():
             choice = op.resolve(problem, device.torch)
-            shown.add_row(case, use, choice.backend, fields(choice.config), WHY[choice.source])
+            why = WHY[choice.source] + (f"; {choice.note}" if choice.note else "")
+            shown.add_row(case, use, choice.backend, fields(choice.config), why)
         out.print(shown)
     return 0

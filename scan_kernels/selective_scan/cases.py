@@ -7,11 +7,11 @@ on; ``tune-gpu``, ``tune-cpu`` what ``tune`` tunes by default; ``tune-small`` wh
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
+import math
+import random
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from .plan import allocate, gradient_rooms, normal_form, output_rooms
 from .problem import MAX_STATE, Cotangents, Gradients, Inputs, Kept, Outputs, Problem, default_checkpoint
 
 Tensors = dict[str, Any]
-Launch = Callable[[ModuleType, Any], Callable[[], None]]  # (backend, config) -> a call of its kernels, nothing else
 # how a scan is used, and the direction it runs in: each is a problem of its own
 USES = {"inference": "forward", "prefill": "forward", "training": "forward", "backward": "backward"}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+SUMS = ("dA", "dB", "dC", "dD", "ddelta_bias")  # added up in any order, unless the problem is deterministic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Case:
     initial_state: bool = False
     lengths: tuple[int, ...] = ()  # packed sequences; length is then their sum and batch 1
     offset: int = 0  # elements by which u, delta, z, B, C are shifted off their allocation's start
+    pitch: int = 0  # elements of NaN between rows of u, delta, z, B, C and dout, times 1, 2, ...: no two strides agree
     special: str = ""  # "", or how the values are made hard: see ``make``
     tags: tuple[str, ...] = ("ci",)
 
@@ -73,12 +74,20 @@ class Case:
         return dataclasses.replace(problem, has_last_state=use == "prefill")
 
     def gates(self) -> list[Case]:
-        """Small cases of the same kind: of odd length over several tiles, and of a length that any tile divides."""
-        cut = dataclasses.replace(self, batch=2, dim=self.groups * -(-40 // self.groups), tags=())
-        sizes = ((337, (101, 0, 1, 235)), (256, (128, 0, 64, 64)))
+        """Small cases of the same kind, on which a candidate for this one is judged. None has its sizes.
+
+        Of odd length over several tiles, with rows at odd distances; of a length that any tile divides, its rows at
+        even ones; and with steps so small and so large that states stand still or vanish.
+        """
+        cut = dataclasses.replace(self, batch=2, dim=self.groups * -(-40 // self.groups), offset=0, tags=())
+        kinds: list[tuple[int, tuple[int, ...], dict[str, Any]]] = [
+            (337, (101, 0, 1, 235), {"name": "odd length", "pitch": 3}),
+            (256, (128, 0, 64, 64), {"name": "even length", "pitch": 16}),
+            (208, (97, 0, 111), {"name": "extreme steps", "special": "extreme_delta"}),
+        ]
         return [
-            dataclasses.replace(cut, name=f"gate of {n} steps", length=n, lengths=self.lengths and packed)
-            for n, packed in sizes
+            dataclasses.replace(cut, length=length, lengths=self.lengths and lengths, **more)
+            for length, lengths, more in kinds
         ]
 
     def make(self, device: torch.device | str = "cpu", seed: int | None = None) -> Tensors:
@@ -87,6 +96,7 @@ class Case:
         Values are those of a Mamba layer at initialisation: A = -(1 .. N) with noise, Δ between 0.001 and 0.1.
         """
         device = torch.device(device)
+        distances = itertools.count(self.pitch, self.pitch)
         generator = torch.Generator(device)
         generator.manual_seed(torch.seed() % 2**63 if seed is None else seed)
         dtype = getattr(torch, self.dtype)
@@ -101,11 +111,13 @@ class Case:
             return torch.rand(shape, generator=generator, device=device) * (high - low) + low
 
         def stored(t: Tensor) -> Tensor:
-            """t in the case's dtype, its storage shifted by ``offset`` elements."""
-            if not self.offset:
+            """t in the case's dtype, its storage shifted by ``offset`` elements, its rows that of ``pitch`` apart."""
+            gap = next(distances)
+            if not (self.offset or gap):
                 return t.to(dtype)
-            room = torch.empty(t.numel() + self.offset, dtype=dtype, device=device)
-            return room[self.offset :].view(t.shape).copy_(t)
+            *outer, row = t.shape
+            room = torch.full((self.offset + math.prod(outer) * (row + gap),), torch.nan, dtype=dtype, device=device)
+            return room[self.offset :].view(*outer, row + gap)[..., :row].copy_(t)
 
         def sequence(t: Tensor) -> Tensor:
             """(batch, dim, length) in the case's layout."""
@@ -129,7 +141,7 @@ class Case:
         elif self.special == "underflow":
             A = A * 1e4
         elif self.special == "extreme_delta":
-            delta = uniform(-90, 60, batch, dim, length)
+            delta = uniform(-90 if self.softplus else 0, 60, batch, dim, length)
         elif self.special == "nan_u":
             u[-1, dim // 2, length // 2] = torch.nan
         elif self.special == "inf_delta":
@@ -167,34 +179,89 @@ def candidate(tensors: Tensors, backend: str, config: Any = None, deterministic:
     return _run(tensors, selective_scan, backend=backend, config=config, deterministic=deterministic)
 
 
-def outcome(tensors: Tensors, problem: Problem, backend: str, config: Any) -> dict[str, Tensor]:
-    """What the public function returns where ``config`` runs in the problem's direction: gradients too if it trains."""
-    if problem.checkpoint:
-        return candidate(tensors, backend, {problem.direction: config})
-    given = {k: v for k, v in tensors.items() if k not in ("dout", "dlast_state")}
-    with torch.no_grad():
-        result = selective_scan(
-            **given, return_last_state=problem.has_last_state, backend=backend, config=config, deterministic=False
-        )
-    return {"out": result} if isinstance(result, Tensor) else dict(zip(("out", "last_state"), result, strict=True))
+def posed(problem: Problem) -> Case:
+    """A case that poses the problem; packed sequences as equal as can be."""
+    p = problem
+    each, more = divmod(p.length, p.sequences or 1)
+    return Case(
+        f"{p.batch}x{p.dim}x{p.length}", batch=p.batch, dim=p.dim, length=p.length, state=p.state, groups=p.groups,
+        dtype=p.dtype, layout=p.layout, constant_B=p.constant_B, constant_C=p.constant_C, D=p.has_D, z=p.has_z,
+        bias=p.has_bias, softplus=p.softplus, initial_state=p.has_initial_state,
+        lengths=tuple(each + (k < more) for k in range(p.sequences)), tags=(),
+    )  # fmt: skip
 
 
-def launcher(tensors: Tensors, problem: Problem) -> Launch:
-    """How to call a backend's kernels on these tensors, whose problem this is, without anything around them."""
+def gates(problem: Problem) -> list[tuple[Case, Problem]]:
+    """Small problems of the same kind, on which a candidate for this one is judged: see ``Case.gates``."""
+    last = problem.has_last_state or problem.checkpoint > 0
+    return [
+        (case, dataclasses.replace(
+            problem, batch=1 if case.lengths else case.batch, dim=case.dim, length=case.length,
+            sequences=len(case.lengths), has_last_state=last,
+        ))
+        for case in posed(problem).gates()
+    ]  # fmt: skip
+
+
+def slender(problem: Problem) -> Problem:
+    """The problem with as few channels as take the same kernels: what is to be compiled, but not run."""
+    per_group = problem.dim // problem.groups
+    dim = problem.groups * (per_group if per_group < 32 else 16 + per_group % 16)
+    return dataclasses.replace(problem, batch=1, dim=dim)
+
+
+class Posed(NamedTuple):
+    """A problem's tensors as a backend gets them."""
+
+    arguments: tuple[Any, ...]  # of the backend's forward or backward, between problem and config
+    results: dict[str, Tensor]  # what it fills, by name
+
+
+def pose(tensors: Tensors, problem: Problem, allocate: Callable = allocate, run: bool = True) -> Posed:
+    """Lay a problem out for a backend, in memory of ``allocate``.
+
+    What a backward gets from its forward is made by the default; not if it is not to ``run``.
+    """
     i = normal_form([tensors[name] for name in Inputs._fields])
-    forward = dataclasses.replace(problem, direction="forward")
     last = problem.has_last_state
     rooms = output_rooms(i.u, i.A, i.cu_seqlens, last, problem.checkpoint, problem.keep_y)
     outputs = Outputs._make(allocate(i.u, i.A, rooms))
     if problem.direction == "forward":
-        return lambda module, config: functools.partial(module.forward, forward, i, outputs, config)
+        return Posed((i, outputs), _present(outputs))
+    if run:
+        forward = dataclasses.replace(problem, direction="forward")
+        chosen = OP.resolve(forward, i.u.device)
+        chosen.module.forward(forward, i, outputs, chosen.config)
+    return _backward(tensors, problem, i, outputs, allocate)
+
+
+def _backward(tensors: Tensors, problem: Problem, i: Inputs, outputs: Outputs, allocate: Callable) -> Posed:
     assert outputs.states is not None
-    kept = Kept(outputs.states, outputs.y)
-    chosen = OP.resolve(forward, i.u.device)
-    chosen.module.forward(forward, i, outputs, chosen.config)
-    cotangents = Cotangents(tensors["dout"], tensors["dlast_state"] if last else None)
+    cotangents = Cotangents(tensors["dout"], tensors["dlast_state"] if problem.has_last_state else None)
     gradients = Gradients._make(allocate(i.u, i.A, gradient_rooms(i)))
-    return lambda module, config: functools.partial(module.backward, problem, i, kept, cotangents, gradients, config)
+    return Posed((i, Kept(outputs.states, outputs.y), cotangents, gradients), _present(gradients))
+
+
+def _present(made: Any) -> dict[str, Tensor]:
+    return {name: t for name, t in made._asdict().items() if t is not None}
+
+
+def outcome(
+    tensors: Tensors, problem: Problem, backend: str, config: Any, allocate: Callable = allocate
+) -> dict[str, Tensor]:
+    """All that a backend fills in the problem's direction. A forward that keeps something for a backward is judged by
+    the gradients, too, that the default makes of it.
+    """
+    arguments, found = pose(tensors, problem, allocate)
+    i, *made = arguments
+    getattr(OP.backends[backend], problem.direction)(problem, *arguments, config)
+    if problem.direction == "forward" and problem.checkpoint:
+        backward = dataclasses.replace(problem, direction="backward")
+        given, gradients = _backward(tensors, backward, i, made[0], allocate)
+        chosen = OP.resolve(backward, tensors["u"].device)
+        chosen.module.backward(backward, *given, chosen.config)
+        found |= gradients
+    return found
 
 
 def parse(text: str, dtype: str) -> Case:
@@ -208,6 +275,82 @@ def parse(text: str, dtype: str) -> Case:
         raise ValueError(f"expected the name of a case, or {expected}; got {text!r}")
     batch, dim, length, state = sizes
     return Case(text, batch=batch, dim=dim, length=length, state=state, dtype=kind, tags=())
+
+
+# what ``drawn`` draws from, on a GPU and on a CPU: channels, batch sizes, most steps, most elements
+DRAWN = {
+    "cuda": ((1536, 2048, 3072, 4096, 5120), (1, 1, 2, 3, 4, 8, 16, 64), 1 << 17, 1 << 27),
+    "cpu": ((64, 192, 512, 768, 1536), (1, 2, 3), 1 << 11, 1 << 20),
+}
+STATES = (8, 16, 16, 16, 32, 64, 128, 256)
+
+
+def drawn(count: int, seed: int, device: str) -> list[Problem]:
+    """Different problems of Mamba layers, drawn at random: the same for the same seed."""
+    draw = random.Random(seed)
+    dims, batches, longest, most = DRAWN[device]
+    found: dict[Problem, None] = {}
+    while len(found) < count:
+        dim, batch = draw.choice(dims), draw.choice(batches)
+        length = round(2 ** draw.uniform(6, math.log2(longest)))
+        if draw.random() < 0.7:
+            length = max(64, length // 64 * 64)
+        use, dtype = draw.choice(list(USES)), draw.choice(("bfloat16", "bfloat16", "float16", "float32"))
+        state, layout = draw.choice(STATES), draw.choice(("length", "dim"))
+        if batch * dim * length * max(1, state // 16) <= most:
+            case = Case("", batch=batch, dim=dim, length=length, state=state, dtype=dtype, layout=layout)
+            found[case.used(use, device)] = None
+    return list(found)
+
+
+# what a shape leaves open: the fields of a Problem that a user may set for tuning
+SETTINGS = (
+    "groups", "layout", "sequences", "constant_B", "constant_C", "has_D", "has_z", "has_bias", "softplus",
+    "has_initial_state", "deterministic",
+)  # fmt: skip
+WORDS = {"yes": True, "no": False}
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """(field, value) from "field=value"; ValueError that says what was expected."""
+    name, _, value = text.partition("=")
+    if name not in SETTINGS:
+        raise ValueError(f"expected one of {', '.join(SETTINGS)}, and =value; got {text!r}")
+    if name == "layout":
+        if value not in ("length", "dim"):
+            raise ValueError(f"expected layout=length or layout=dim, got {text!r}")
+        return name, value
+    if name in ("groups", "sequences"):
+        if not value.isdecimal() or int(value) < (name == "groups"):
+            raise ValueError(f"expected a whole number, got {text!r}")
+        return name, int(value)
+    if value not in WORDS:
+        raise ValueError(f"expected {name}=yes or {name}=no, got {text!r}")
+    return name, WORDS[value]
+
+
+def adapted(problem: Problem, settings: dict[str, Any]) -> Problem:
+    """The problem with some fields set; ValueError where they do not go together."""
+    made = dataclasses.replace(problem, **settings)
+    if made.dim % made.groups:
+        raise ValueError(f"expected groups that divide dim={made.dim}, got {made.groups}")
+    if made.sequences:
+        made = dataclasses.replace(made, batch=1, length=problem.batch * problem.length)
+    return made
+
+
+def spelled(problem: Problem) -> str:
+    """The options of ``scan-kernels tune`` that tune this problem."""
+    short = {long: name for name, long in DTYPES.items()}[problem.dtype]
+    usual = Case("").problem(problem.direction)
+    words = {value: word for word, value in WORDS.items()}
+    settings = [
+        f"{name}={words[value] if isinstance(value, bool) else value}"
+        for name in SETTINGS
+        if (value := getattr(problem, name)) != getattr(usual, name)
+    ]
+    shape = f"--shapes {problem.batch},{problem.dim},{problem.length},{problem.state},{short}"
+    return " ".join([shape, f"--direction {problem.direction}", *(["--set", *settings] if settings else [])])
 
 
 def baseline(tensors: Tensors) -> dict[str, Tensor]:

@@ -55,6 +55,12 @@ def configs(problem: Problem, device) -> list[Config]:
     return [Config(c) for c in sizes]
 
 
+def valid(problem: Problem, device, config: Config) -> bool:
+    if problem.checkpoint:
+        return config.chunk == problem.checkpoint
+    return config.chunk <= 1 << (problem.length - 1).bit_length()
+
+
 class _Chunks:
     """Where each time step and each row lie among the chunks. Waits for nothing: offsets are never read back."""
 
