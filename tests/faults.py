@@ -207,10 +207,7 @@ def slow_to_compile(count=5, seconds=0.2):
 
 CUDA_FAULTS = {
     "tail": ("const int tiles = (end - begin + TILE - 1) / TILE;", "const int tiles = (end - begin) / TILE;"),
-    "stride": (
-        "place(AT_##T, p.T, p.T##_batch, p.T##_dim, p.T##_step, t0)",
-        "place(AT_##T, p.T, p.u_batch, p.u_dim, p.u_step, t0)",
-    ),
+    "stride": ("place(AT_##T, p.T##_dim, p.T##_step, t0)", "place(AT_##T, p.u_dim, p.u_step, t0)"),
     "race": ("if (BC_TILES > 0 && !RELAY) __syncthreads(); else __syncwarp();", "__syncwarp();"),
     "bounds": ("extent_of(o, count, end - t0 - here()) : n;", "n : extent_of(o, count, TILE);"),
     "stale stage": (

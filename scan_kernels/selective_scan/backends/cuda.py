@@ -158,7 +158,7 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     return 112 + _ceil(8 * config.groups * config.warps, 16) * 16 + config.groups * group + config.warps * warp
 
 
-def _valid(problem: Problem, device: Any, config: Config) -> bool:
+def valid(problem: Problem, device: Any, config: Config) -> bool:
     per = _ceil(problem.state, config.lanes)
     if problem.direction == "forward":
         pairs = problem.layout == "dim" and ITEMSIZE[problem.dtype] == 2 and config.own >= 2 and config.per_warp >= 2
@@ -178,7 +178,7 @@ def _valid(problem: Problem, device: Any, config: Config) -> bool:
 def configs(problem: Problem, device: Any) -> list[Config]:
     """Valid candidates for this problem, the first a good default."""
     make = _forward_configs if problem.direction == "forward" else _backward_configs
-    found = [c for c in dict.fromkeys(make(problem, device)) if _valid(problem, device, c)]
+    found = [c for c in dict.fromkeys(make(problem, device)) if valid(problem, device, c)]
     if not found:
         raise ValueError(f"no configuration of the cuda backend fits {problem} on {device.name}")
     return found
