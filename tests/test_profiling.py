@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html.parser
 import json
@@ -10,14 +11,16 @@ import re
 import subprocess
 import sys
 import time
+import types
 
+import numpy as np
 import pytest
 import torch
 
 from scan_kernels import measure, selective_scan, text
 from scan_kernels.__main__ import main
 from scan_kernels.peers import PEERS, Peer
-from scan_kernels.profiling import report, roofline, timer
+from scan_kernels.profiling import readings, report, roofline, timer
 from scan_kernels.profiling.device import Ceiling, ceilings, describe
 from scan_kernels.selective_scan import OP
 from scan_kernels.selective_scan.cases import ARGUMENTS, Case
@@ -92,6 +95,220 @@ def test_a_gpu_is_timed_by_graph_replay_and_what_cannot_be_captured_by_events():
     leaf = x.clone().requires_grad_()
     backward = measure.call(lambda u: u * u, {"u": leaf, "dout": torch.ones_like(x)}, ("u",), "backward")
     assert "CUDA-graph" in timer.measure(backward, device, seconds=0.1).method
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_cpu_is_timed_warm_and_cold(flushed, monkeypatch):
+    flushes = []
+    monkeypatch.setattr(timer, "_flush", lambda device: lambda: (flushes.append(1), time.sleep(5e-3)))
+    t = timer.measure(lambda: time.sleep(1e-3), CPU, seconds=0.05, cold=flushed)
+    assert 1e-3 <= t.median_s < 4e-3  # the flush is not timed
+    assert len(flushes) == (t.runs if flushed else 0)
+    assert ("flushed" in t.method) == flushed
+
+
+def test_a_flushed_buffer_is_slower_to_read_than_a_warm_one():
+    # half of the last cache, so that it stays while nothing else runs
+    x = torch.ones(timer.last_cache() // 2 // 4)
+    attempts = 3  # neighbours share the cache
+    for attempt in range(attempts):
+        warm, cold = (timer.measure(lambda: x.sum(), CPU, seconds=0.1, cold=c).low_s for c in (False, True))
+        if cold > 1.05 * warm or attempt == attempts - 1:
+            break
+    assert cold > 1.05 * warm
+
+
+class FakeGpu:
+    """torch.cuda with a clock of its own: a device whose queue, graphs and events can be looked into."""
+
+    def __init__(self, monkeypatch, capturable=True):
+        self.now = 0.0  # seconds of the device's time
+        self.recording = None
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        class Graph:
+            def replay(self):
+                for fn in self.work:
+                    fn()
+
+        @contextlib.contextmanager
+        def capture(graph, stream):
+            if not capturable:
+                raise RuntimeError("cannot be captured")
+            graph.work = gpu.recording = []
+            yield
+            gpu.recording = None
+
+        nothing = lambda *a: contextlib.nullcontext()  # noqa: E731
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        for name, fake in {
+            "Event": Event, "CUDAGraph": Graph, "graph": capture, "device": nothing, "stream": nothing,
+            "Stream": lambda: stream, "current_stream": lambda: stream, "synchronize": lambda *a: None,
+            "_sleep": lambda cycles: self.kernel(cycles / 2e9)(),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def kernel(self, seconds):
+        def run():
+            if self.recording is not None:
+                self.recording.append(run)
+                return
+            self.now += seconds() if callable(seconds) else seconds
+
+        return run
+
+
+H100 = dataclasses.replace(CPU, kind="cuda", name="NVIDIA H100 80GB HBM3", arch="sm_90", units=132, l2_bytes=50 << 20)
+
+
+def test_on_a_gpu_the_flush_is_outside_the_events(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setattr(timer, "_flush", lambda device: gpu.kernel(50e-6))
+    warm, cold = (timer.measure(gpu.kernel(8e-6), H100, seconds=0.01, cold=c) for c in (False, True))
+    assert warm.median_s == cold.median_s == pytest.approx(8e-6)
+    assert "CUDA-graph replay" in warm.method
+    assert "calls" in warm.method  # a short kernel is replayed in batches
+    assert "1 call a sample after L2 was flushed" in cold.method
+    assert warm.stopped == "0.01 s were spent"
+
+
+def test_what_a_gpu_cannot_capture_waits_in_the_queue_outside_the_events(monkeypatch):
+    gpu = FakeGpu(monkeypatch, capturable=False)
+    t = timer.measure(gpu.kernel(8e-6), H100, seconds=0.01)
+    assert t.median_s == pytest.approx(8e-6)
+    assert t.method.startswith("events")
+
+
+def test_the_error_of_a_median_knows_scatter_and_drift():
+    random = np.random.default_rng(0)
+    runs = [1 + 0.01 * random.standard_normal(64) for _ in range(400)]
+    said, true = np.mean([timer._error(r) for r in runs]), np.std([np.median(r) for r in runs])
+    assert said == pytest.approx(true, rel=0.3)
+    drifting = 1 + 0.01 * np.arange(64)
+    assert timer._error(drifting) > 1.5 * timer._error(random.permutation(drifting))
+    assert timer._error([1.0]) == 0.0
+
+
+# ---- what else goes on ---------------------------------------------------------------------------------------
+
+
+class FakeNvml:
+    """nvidia-ml-py on a GPU that tells what it is made to tell, one list of answers a question."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    def __init__(self, sm=(1980,), reasons=(0,), joules=(), processes=1):
+        self.answers = {"sm": list(sm), "reasons": list(reasons), "millijoules": [1000 * j for j in joules]}
+        self.processes = processes
+
+    def _next(self, name):
+        answers = self.answers[name]
+        if not answers:
+            raise RuntimeError("not supported")
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    def nvmlDeviceGetClockInfo(self, handle, kind):
+        return self._next("sm") if kind == self.NVML_CLOCK_SM else 2619
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        return 412_000
+
+    def nvmlDeviceGetTemperature(self, handle, sensor):
+        raise RuntimeError("not supported")
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle):
+        return [object()] * self.processes
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):  # the older name alone
+        return self._next("reasons")
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        return self._next("millijoules")
+
+
+def seen_with(monkeypatch, nvml, looks=3):
+    monkeypatch.setattr(readings, "nvml", lambda index: (nvml, "handle"))
+    monkeypatch.setattr(readings, "EVERY_S", 0.0)
+    watch = readings.watch(H100)
+    for _ in range(looks):
+        watch.look()
+    return watch.conditions()
+
+
+def test_a_quiet_gpu_is_read_and_not_called_disturbed(monkeypatch):
+    seen = seen_with(monkeypatch, FakeNvml(reasons=(0x1, 0x2, 0x100)))  # idle, a set clock, a display
+    assert (seen.source, seen.sm_mhz, seen.memory_mhz, seen.power_w) == ("NVML", (1980, 1980), (2619, 2619), 412)
+    assert seen.temperature_c == 0  # not supported there
+    assert seen.disturbed == ()
+
+
+@pytest.mark.parametrize(
+    ("nvml", "words"),
+    [
+        ({"reasons": (0, 0x4, 0)}, "power cap"),
+        ({"reasons": (0x40, 0)}, "too hot (hardware)"),
+        ({"sm": (1980, 1200, 1980)}, "clock fell from 1980 to 1200 MHz"),
+        ({"processes": 2}, "another process"),
+    ],
+)
+def test_a_disturbed_gpu_is_labelled(nvml, words, monkeypatch):
+    (said,) = seen_with(monkeypatch, FakeNvml(**nvml)).disturbed
+    assert words in said
+
+
+def test_a_throttled_measurement_carries_its_label(monkeypatch):
+    monkeypatch.setattr(readings, "nvml", lambda index: (FakeNvml(reasons=(0x20,)), "handle"))
+    gpu = FakeGpu(monkeypatch)
+    t = timer.measure(gpu.kernel(8e-6), H100, seconds=0.01)
+    assert t.disturbed == ("throttled: too hot (software)",)
+    assert t.conditions.sm_mhz == (1980, 1980)
+    assert t.median_s == pytest.approx(8e-6)
+
+
+def test_energy_is_counted_between_two_ticks_of_the_counter(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    joules = lambda: 100 + 300 * int(gpu.now * 20) / 20  # noqa: E731  300 W, a tick every 50 ms
+    monkeypatch.setattr(readings, "energy", lambda device: joules())
+    used = timer.energy(gpu.kernel(1e-3), H100, seconds=0.02)
+    assert used == pytest.approx(0.3, rel=0.05)  # 300 W for a millisecond
+    monkeypatch.setattr(readings, "energy", lambda device: None)
+    assert timer.energy(lambda: None, H100) is None
+
+
+def test_other_processes_on_this_cpu_are_seen(monkeypatch):
+    clock = {"busy": 100.0, "own": 20.0}
+    monkeypatch.setattr(readings, "_busy_s", lambda: clock["busy"])
+    monkeypatch.setattr(readings, "_own_s", lambda: clock["own"])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["busy"] - clock["own"] + 1e3)
+    watch = readings.watch(dataclasses.replace(CPU, units=2))
+    clock |= {"busy": 104.0, "own": 21.0}  # 3 s pass: we took 1 s of the cores, all together 4 s
+    assert watch.conditions().others == 0.5
+    assert watch.conditions().disturbed == ("other processes took 50 % of the cores",)
+
+
+def test_this_cpu_tells_its_load():
+    if not os.path.exists("/proc/stat"):
+        pytest.skip("no /proc/stat")
+    watch = readings.watch(CPU)
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        pass
+    seen = watch.conditions()
+    assert seen.source == "/proc/stat"
+    assert 0 <= seen.others <= 1
 
 
 # ---- ceilings and roofline -----------------------------------------------------------------------------------
