@@ -21,7 +21,10 @@ STYLE: Any = {
     "axes.grid": True, "axes.grid.axis": "x", "grid.color": "#dddddd", "axes.axisbelow": True,
 }  # fmt: skip
 BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # keeps a label readable where a line crosses it
-NAMES = {"bytes": "memory", "exps": "exponentials", "flops": "fp32 arithmetic"}
+NAMES = {
+    "bytes": "memory", "exps": "exponentials", "issues": "instructions", "flops": "fp32 arithmetic",
+    "shuffles": "shuffles", "shared": "shared memory", "launches": "launch",
+}  # fmt: skip
 TITLES = {"inference": "forward", "training": "forward, training", "backward": "backward"}
 
 

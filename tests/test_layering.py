@@ -17,6 +17,7 @@ EVERYTHING = ("",)
 RULES = {
     "reference": ("reference",),
     "profiling": ("profiling",),
+    "profiling.ceilings": ("profiling", "cuda_module"),  # the one GPU kernel that is no op's
     "autotune": ("autotune", "profiling"),  # never an op: callables are handed to it
     "cuda_module": (),
     "op": ("autotune.store", "profiling.device"),

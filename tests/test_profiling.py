@@ -20,8 +20,10 @@ import torch
 from scan_kernels import measure, selective_scan, text
 from scan_kernels.__main__ import main
 from scan_kernels.peers import PEERS, Peer
+from scan_kernels.profiling import ceilings as maker
 from scan_kernels.profiling import readings, report, roofline, timer
-from scan_kernels.profiling.device import Ceiling, ceilings, describe
+from scan_kernels.profiling.ceilings import Ceiling, ceilings
+from scan_kernels.profiling.device import describe
 from scan_kernels.selective_scan import OP
 from scan_kernels.selective_scan.cases import ARGUMENTS, Case
 from scan_kernels.selective_scan.problem import Problem
@@ -314,7 +316,15 @@ def test_this_cpu_tells_its_load():
 # ---- ceilings and roofline -----------------------------------------------------------------------------------
 
 
-def test_ceilings_of_this_cpu_are_plausible_and_measured_once():
+@pytest.fixture
+def no_ceilings(monkeypatch, tmp_path):
+    """Nothing is known of any device; returns the folder where it will be kept."""
+    monkeypatch.setenv("SCAN_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(maker, "_known", {})
+    return tmp_path / "ceilings"
+
+
+def test_ceilings_of_this_cpu_are_plausible_and_measured_once(no_ceilings, monkeypatch):
     begin = time.perf_counter()
     found = {c.resource: c for c in ceilings(CPU)}
     took = time.perf_counter() - begin
@@ -323,6 +333,176 @@ def test_ceilings_of_this_cpu_are_plausible_and_measured_once():
     assert 1e7 < found["exps"].per_second < found["flops"].per_second < 1e15
     assert took < 30
     assert ceilings(CPU) is ceilings(CPU)
+    # another process reads what this one kept
+    monkeypatch.setattr(maker, "_known", {})
+    monkeypatch.setattr(maker, "_MEASURE", {})
+    assert {c.resource: c for c in ceilings(CPU)} == found
+
+
+def test_a_ceiling_is_the_most_ever_measured_and_holds_for_its_device_alone(no_ceilings, monkeypatch):
+    rates = iter((5.0, 4.0, 6.0, 1.0, 2.0))
+    measure_it = lambda device: (ceiling("bytes", next(rates), "memory"),)  # noqa: E731
+    monkeypatch.setattr(maker, "_MEASURE", {"cpu": measure_it})
+    assert ceilings(CPU)[0].per_second == 5.0
+    assert ceilings(CPU, fresh=True)[0].per_second == 5.0
+    assert ceilings(CPU, fresh=True)[0].per_second == 6.0
+    assert ceilings(dataclasses.replace(CPU, units=CPU.units + 1))[0].per_second == 1.0
+    (file,) = no_ceilings.iterdir()
+    for bad in ("", "{}", "[1]", '{"key": 1, "ceilings": []}', file.read_text().replace("1.0", "-1.0")):
+        file.write_text(bad)
+        monkeypatch.setattr(maker, "_known", {})
+        assert ceilings(dataclasses.replace(CPU, units=CPU.units + 1))[0].per_second == 2.0
+        rates = iter((2.0,))
+
+
+def test_a_folder_that_cannot_be_written_costs_a_measurement_and_nothing_else(no_ceilings, monkeypatch):
+    no_ceilings.write_text("a file where the folder should be")
+    monkeypatch.setattr(maker, "_MEASURE", {"cpu": lambda device: (ceiling("bytes", 7.0, "memory"),)})
+    assert ceilings(CPU)[0].per_second == 7.0
+
+
+# what the kernels of ceilings.cu find on the made-up GPU below, a second
+TRUE = {
+    "multiply_add": 30e12,
+    "ex2": 4e12,
+    "shuffle": 8e12,
+    "shared": 32e12,
+    "copy": 3e12,
+    "l2": 6e12,
+    "nothing": 1 / 1.5e-6,
+}
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch):
+    """A GPU on which each kernel of ceilings.cu takes as long as the work that its source says it does."""
+    from scan_kernels import cuda_module
+
+    gpu = FakeGpu(monkeypatch)
+    text = maker.SOURCE.read_text()
+    constants = {k: int(v) for k, v in re.findall(r"constexpr int (\w+) = (\d+);", text)}
+
+    class Kernel:
+        def __init__(self, files, fields, defines, name):
+            assert f"KERNEL({name})" in text
+            assert set(re.findall(r"\bp\.(\w+)", text)) <= set(fields)
+            self.name = name
+
+        def prepare(self, blocks, threads, shared_bytes, values):
+            assert threads == constants["THREADS"]
+            lanes = blocks * threads
+            loop = lanes * values.get("times", 1) * constants["UNROLL"]
+            work = {
+                "multiply_add": loop * constants["CHAINS"], "ex2": loop * constants["CHAINS"],
+                "shuffle": loop * constants["CHAINS"], "shared": loop * 16,
+                "copy": lanes * constants["LOADS"] * 16 * 2,
+                "l2": blocks * values.get("times", 1) * values.get("count", 0) * 16, "nothing": 1,
+            }[self.name]  # fmt: skip
+            assert not values or 5e-4 < work / TRUE[self.name] < 5e-3  # long enough to be timed, and no longer
+            return lambda pointers: gpu.kernel(work / TRUE[self.name])()
+
+    real = {name: getattr(torch, name) for name in ("zeros", "ones")}
+    for name, make in real.items():
+        monkeypatch.setattr(torch, name, lambda *size, make=make, **k: make(*size, **{**k, "device": "cpu"}))
+    monkeypatch.setattr(cuda_module, "Kernel", Kernel)
+    monkeypatch.setattr(maker, "_cupy", lambda: True)
+    monkeypatch.setattr(maker, "COPIED_GPU", 1 << 20)
+    monkeypatch.setattr(readings, "nvml", lambda index: None)
+    monkeypatch.setattr(readings, "top_clock", lambda device: 1980.0)
+    return gpu
+
+
+def test_the_ceilings_of_a_gpu_are_what_its_kernels_do(made_up_gpu, no_ceilings):
+    found = {(c.resource, bool(c.holds)): c for c in ceilings(H100)}
+    expected = {
+        ("bytes", False): "copy", ("bytes", True): "l2", ("exps", False): "ex2", ("issues", False): "multiply_add",
+        ("shuffles", False): "shuffle", ("shared", False): "shared", ("launches", False): "nothing",
+    }  # fmt: skip
+    for key, kernel in expected.items():
+        assert found[key].per_second == pytest.approx(TRUE[kernel], rel=1e-6), kernel
+        assert "measured" in found[key].source
+    assert found["flops", False].per_second == pytest.approx(2 * TRUE["multiply_add"])
+    clock = 132 * 1.98e9
+    assert found["bytes", False].datasheet == 3.35e12
+    assert found["exps", False].datasheet == pytest.approx(16 * clock)
+    assert found["flops", False].datasheet == pytest.approx(256 * clock)  # 66.9e12, as the data sheet says
+    assert found["shared", False].datasheet == pytest.approx(128 * clock)
+    assert found["bytes", True].holds == H100.l2_bytes // 2
+    assert set(expected) | {("flops", False)} == set(found)
+
+
+def test_without_cupy_clock_and_lanes_stand_in_and_say_so(made_up_gpu, no_ceilings, monkeypatch):
+    monkeypatch.setattr(maker, "_cupy", lambda: False)
+    monkeypatch.setattr(maker, "_copied", lambda device: {("bytes", 0): (2.5e12, "measured: torch's copy")})
+    found = {c.resource: c for c in ceilings(H100)}
+    assert found["bytes"].per_second == 2.5e12
+    assert found["exps"].per_second == pytest.approx(16 * 132 * 1.98e9)
+    assert "not measured" in found["exps"].source
+    unknown = dataclasses.replace(H100, name="Some GPU", arch="sm_999")
+    assert {c.resource for c in ceilings(unknown)} == {"bytes", "shuffles", "shared"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_ceilings_of_this_gpu_are_near_what_its_maker_says(no_ceilings):
+    found = ceilings(describe("cuda"))
+    assert {c.resource for c in found} == set(maker.UNITS)
+    for c in found:
+        assert "not measured" not in c.source
+        if c.datasheet:
+            assert 0.75 * c.datasheet < c.per_second < 1.05 * c.datasheet, c
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("NVIDIA H200", 4.8e12), ("NVIDIA GH200 480GB", 4.0e12), ("NVIDIA H100 80GB HBM3", 3.35e12),
+     ("NVIDIA A100-SXM4-80GB", 2.039e12), ("NVIDIA L4", 0.3e12), ("NVIDIA RTX A4000", 0.0)],
+)  # fmt: skip
+def test_data_sheets_are_found_by_name(name, rate, monkeypatch):
+    monkeypatch.setattr(readings, "top_clock", lambda device: 1000.0)
+    assert maker._told(dataclasses.replace(H100, name=name)).get(("bytes", 0), 0.0) == rate
+
+
+def intermediate(code):
+    """PTX of a translation unit; cuda-core asks for a driver before it gives any."""
+    from cuda.bindings import nvrtc
+
+    def asked(answer):
+        assert answer[0] == nvrtc.nvrtcResult.NVRTC_SUCCESS
+        return answer[1] if len(answer) > 1 else None
+
+    program = asked(nvrtc.nvrtcCreateProgram(code.encode(), b"unit.cu", 0, [], []))
+    options = [b"-std=c++17", b"-ftz=true", b"-arch=compute_90"]
+    asked(nvrtc.nvrtcCompileProgram(program, len(options), options))
+    room = b" " * asked(nvrtc.nvrtcGetPTXSize(program))
+    asked(nvrtc.nvrtcGetPTX(program, room))
+    return room.decode()
+
+
+def test_the_kernels_of_the_ceilings_do_what_is_counted():
+    """Of each chain, as many instructions as ``ceilings.py`` counts stand in the loop; and all fit in registers."""
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    from test_cuda_compile import DEVICES, compile_for
+
+    from scan_kernels.cuda_module import source
+
+    code = source((maker.SOURCE,), maker.FIELDS, {})
+    for device in DEVICES:
+        usage = compile_for(device.arch, code)
+        assert set(usage) == set(TRUE)
+        for name, taken in usage.items():
+            assert max(taken.stack, taken.stores, taken.loads) == 0, (device.arch, name)
+            assert taken.registers * maker.THREADS * maker.BLOCKS <= 65536, (device.arch, name)
+            assert taken.shared * maker.BLOCKS <= 64 << 10
+    ptx = intermediate(code)
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.DOTALL))
+    loops = {"multiply_add": "fma.rn", "ex2": "ex2.approx", "shuffle": "shfl.sync.bfly", "shared": "ld.shared.v4"}
+    for name, instruction in loops.items():
+        expected = maker.UNROLL * (1 if name == "shared" else maker.CHAINS)
+        assert bodies[name].count(instruction) == expected, name
+    assert bodies["copy"].count("ld.global.cs") == bodies["copy"].count("st.global.cs") == maker.LOADS
+    assert bodies["l2"].count("ld.global.cg") % maker.LOADS == 0
+    assert bodies["l2"].count("ld.global.cg") > 0
 
 
 @dataclasses.dataclass
@@ -365,6 +545,34 @@ def test_a_resource_the_problem_does_not_count_is_left_out():
     assert made.needs == {"bytes": 1.0}
     with pytest.raises(ValueError, match="no known ceiling"):
         roofline.bound(Counted(), ())
+
+
+def test_a_cache_bounds_what_it_holds_unless_it_is_cold():
+    known = (ceiling("bytes", 100.0, "memory"), Ceiling("bytes", 300.0, "L2 cache", "given", holds=1000))
+    warm, large, cold = (roofline.bound(Counted(n), known, cold) for n, cold in ((1, False), (2, False), (1, True)))
+    assert (warm.unit, warm.seconds) == ("L2 cache", 2.0)
+    assert (large.unit, large.seconds) == ("memory", 12.0)
+    assert (cold.unit, cold.seconds) == ("memory", 6.0)
+
+
+def test_what_a_kernel_can_avoid_is_shown_and_is_not_the_bound():
+    counted = types.SimpleNamespace(bytes=lambda: 600, shared=lambda: 10**6, shuffles=lambda: 0)
+    known = (ceiling("bytes", 100.0, "memory"), ceiling("shared", 1.0, "smem"), ceiling("shuffles", 1.0, "shuffles"))
+    made = roofline.bound(counted, known)
+    assert made.needs == {"bytes": 6.0, "shared": 10**6}
+    assert (made.unit, made.seconds) == ("memory", 6.0)
+
+
+def test_instructions_are_counted_as_the_recurrence_is_written():
+    """By hand for one element of two states, with everything: 5 a state, then 4 + D + bias + softplus 6 + gate 5."""
+    whole = Problem("forward", 1, 1, 1, 2, has_D=True, has_bias=True, has_z=True, softplus=True)
+    assert whole.issues() == 2 * 5 + 17
+    assert Problem("forward", 1, 1, 1, 2).issues() == 2 * 5 + 4
+    assert dataclasses.replace(whole, direction="backward").issues() == 2 * 13 + 34
+    assert whole.shared() == 2 * 8
+    assert whole.shuffles() == 0
+    assert dataclasses.replace(whole, direction="backward", constant_B=True).shuffles() == 2
+    assert whole.launches() == 1
 
 
 def test_the_bound_of_the_paper_shape_on_an_h100():

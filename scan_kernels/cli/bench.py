@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import check, measure
     from ..profiling import timer
-    from ..profiling.device import ceilings
+    from ..profiling.ceilings import ceilings
     from ..selective_scan import selective_scan
 
     if not (math.isfinite(args.seconds) and args.seconds > 0):

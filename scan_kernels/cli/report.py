@@ -109,7 +109,7 @@ def _record(args: argparse.Namespace, device: Device) -> dict[str, Any]:
     """The report without its measurements."""
     from .. import check
     from ..peers import PEERS
-    from ..profiling.device import ceilings
+    from ..profiling.ceilings import ceilings
 
     options = [f"--device {args.device}"] * bool(args.device) + [f"--text {args.text}"] * bool(args.text)
     options += ["--tune"] * args.tune + [f"--seconds {args.seconds:g}"] * (args.seconds != 0.2)
@@ -180,7 +180,7 @@ def _cases(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Measure case after case: those of the op, then the text's."""
     from .. import check, measure
-    from ..profiling.device import ceilings
+    from ..profiling.ceilings import ceilings
 
     if not any(r.kind == "backend" for r in runners):
         return
