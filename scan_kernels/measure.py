@@ -42,6 +42,7 @@ class Runner:
     scan: Scan
     unfit: Callable[[Any], str | None]  # problem -> why it is not run, or None
     alone: bool = False  # slow and fills the memory: timed by itself, while the allowance lasts
+    backend: str = "auto"  # of a backend of ours, what the dispatch is asked for
 
 
 @dataclasses.dataclass
@@ -53,7 +54,8 @@ class Allowance:
 
 def backend(op: Op, name: str, function: Callable[..., Any]) -> Runner:
     """A backend of ours as a runner; function: the op's public function."""
-    return Runner(name, "backend", lambda **a: function(**a, backend=name), lambda p: op.reasons(p)[name])
+    scan: Scan = functools.partial(function, backend=name)
+    return Runner(name, "backend", scan, lambda p: op.reasons(p)[name], backend=name)
 
 
 def peer(op: Op, other: Peer, device: Device) -> Runner:
@@ -189,7 +191,7 @@ def results(
             if r.name in differences:
                 record["difference"] = differences[r.name]
             if r.kind == "backend":
-                choice = op.resolve(problem, device.torch, r.name)
+                choice = op.resolve(problem, device.torch, r.backend)
                 record |= {"config": dataclasses.asdict(choice.config), "chosen": choice.source}
             if isinstance(beside := timings.get(r.name + UNTUNED), timer.Timing):
                 record["untuned_s"] = beside.median_s
@@ -199,6 +201,23 @@ def results(
             yield record
 
 
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """One record of two of the same call at different times: means, and ``passes``, the median of each time.
+
+    How far apart those are tells what the spread within one measurement does not.
+    """
+    if "median_s" not in first or "median_s" not in second:
+        return second if "median_s" in second else first
+    found = first | {"runs": first["runs"] + second["runs"]}
+    found["passes"] = [*first.get("passes", [first["median_s"]]), second["median_s"]]
+    earlier = len(found["passes"]) - 1
+    for key in ("median_s", "low_s", "high_s", "error_s", "untuned_s"):
+        if key in first and key in second:
+            found[key] = (earlier * first[key] + second[key]) / (earlier + 1)
+    found["disturbed"] = list(dict.fromkeys([*first["disturbed"], *second["disturbed"]]))
+    return found
+
+
 UNTUNED = " by rule of thumb"
 
 
@@ -206,7 +225,7 @@ def _untuned(op: Op, problem: Any, runners: list[Runner], device: Device) -> lis
     """For each backend that runs a choice of tuning, the same with the configuration it has without."""
     found = []
     for r in (r for r in runners if r.kind == "backend"):
-        choice = op.resolve(problem, device.torch, r.name)
+        choice = op.resolve(problem, device.torch, r.backend)
         default = choice.module.configs(problem, device)[0]
         if choice.config != default:
             scan = functools.partial(r.scan, config={problem.direction: default})
@@ -220,7 +239,7 @@ def _try(op: Op, tensors: dict[str, Any], runner: Runner, use: str, reasons: dic
         got = call(runner.scan, tensors, op.cases.ARGUMENTS, use)()
         return (got[0] if use == "backward" else got).detach()
     except Exception as e:
-        reasons[runner.name] = _words(e)
+        reasons[runner.name] = words(e)
         return None
 
 
@@ -263,7 +282,7 @@ def _time(
         return dict(timer.compare(calls(group), device, seconds=seconds, cold=cold))
     except Exception as e:
         if len(group) == 1:
-            return {group[0].name: _words(e)}
+            return {group[0].name: words(e)}
         # one of them failed: each by itself, and the one that fails says why
         return {k: v for r in group for k, v in _time(op, tensors, [r], use, device, seconds, cold).items()}
     finally:
@@ -271,8 +290,8 @@ def _time(
             torch.cuda.empty_cache()
 
 
-def _words(e: Exception) -> str:
-    """An exception in one line."""
+def words(e: Exception) -> str:
+    """An exception in one line, for a record."""
     if isinstance(e, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(e).__name__}: {e}".splitlines()[0][:200]

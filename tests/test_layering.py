@@ -31,6 +31,8 @@ RULES = {
     "check": ("op", "reference", "profiling"),
     "peers": ("op", "profiling.device", "OP.problem"),
     "measure": ("op", "peers", "profiling"),
+    "sweep": ("op", "measure", "profiling"),
+    "counters": ("measure",),
     "text": ("profiling.device", "OP.cases", "mamba"),
     "cli": EVERYTHING,
     "__main__": EVERYTHING,

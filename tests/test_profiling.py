@@ -21,7 +21,7 @@ from scan_kernels import measure, selective_scan, text
 from scan_kernels.__main__ import main
 from scan_kernels.peers import PEERS, Peer
 from scan_kernels.profiling import ceilings as maker
-from scan_kernels.profiling import readings, report, roofline, timer
+from scan_kernels.profiling import charts, readings, report, roofline, timer
 from scan_kernels.profiling.ceilings import Ceiling, ceilings
 from scan_kernels.profiling.device import describe
 from scan_kernels.selective_scan import OP
@@ -689,36 +689,61 @@ def test_a_bad_text_is_one_line(tmp_path):
 
 
 def small_report() -> report.Report:
+    """A report of made-up figures, with everything that one can hold."""
     need = {
-        "elements": 1000, "counts": {"bytes": 8000, "exps": 20000, "flops": 100000}, "seconds": 2e-3, "unit": "vector",
-        "needs": {"bytes": 1e-3, "exps": 1.5e-3, "flops": 5e-4}, "units": {"memory": 1e-3, "vector": 2e-3},
+        "elements": 1000, "counts": {"bytes": 8000, "exps": 20000, "flops": 100000, "shared": 5}, "seconds": 2e-3,
+        "unit": "vector", "needs": {"bytes": 1e-3, "exps": 1.5e-3, "flops": 5e-4, "shared": 1e-3},
+        "units": {"memory": 1e-3, "vector": 2e-3}, "cold_s": 2e-3,
     }  # fmt: skip
 
-    def result(runner, kind, use, s):
-        timing = {
-            "median_s": s,
-            "low_s": 0.9 * s,
-            "high_s": 1.1 * s,
-            "runs": 9,
-            "method": "wall clock, 1 call a sample",
-        }
-        return {"runner": runner, "kind": kind, "use": use} | timing
+    def result(runner, kind, use, s, **more):
+        timing = timer.Timing(s, 0.9 * s, 1.1 * s, 9, "wall clock, 1 call a sample", "0.2 s were spent", 0.01 * s)
+        return {"runner": runner, "kind": kind, "use": use} | json.loads(json.dumps(dataclasses.asdict(timing))) | more
 
-    return {
-        "schema": 1, "command": "python -m scan_kernels report", "date": "2026-11-23T00:00:00+00:00", "seconds": 0.2,
+    ours = {
+        "cold": {"median_s": 6e-3, "low_s": 6e-3, "high_s": 6e-3, "runs": 3, "method": "cold"}, "energy_j": 2e-3,
+        "config": {"tile": 4}, "chosen": "tuned", "untuned_s": 5e-3, "disturbed": ["throttled: power cap"],
+        "conditions": dataclasses.asdict(readings.Conditions("NVML", (1700, 1980), (2619, 2619), 512.0, 61.0)),
+    }  # fmt: skip
+    points = [
+        {"size": n, "uses": {"inference": need, "backward": need},
+         "results": [result("ours", "backend", "inference", n * 1e-6), result("theirs", "peer", "inference", n * 1e-4),
+                     result("ours", "backend", "backward", n * 1e-6),
+                     {"runner": "ours", "kind": "backend", "use": "step", "peak_bytes": n << 20}]}
+        for n in (512, 1024)
+    ]  # fmt: skip
+    paper = [
+        {"size": n, "results": [result("scan-kernels", "backend", "inference", n * 1e-6),
+                                result("attention", "operation", "inference", n * 1e-5),
+                                {"runner": "attention", "kind": "operation", "use": "step", "reason": "out of memory"}]}
+        for n in (512, 1024)
+    ]  # fmt: skip
+    return report.empty() | {
+        "command": "python -m scan_kernels report", "date": "2026-11-23T00:00:00+00:00", "seconds": 0.2,
         "complete": True, "device": dataclasses.asdict(CPU) | {"name": "A <fast> CPU", "slug": "a-fast-cpu"},
-        "ceilings": [dataclasses.asdict(ceiling(*c)) for c in
-                     (("bytes", 8e6, "memory"), ("exps", 1.3e7, "vector"), ("flops", 2e8, "vector"))],
-        "versions": {"torch": "2"},
-        "gate": {"ours": {"cases": 9, "failed": 0, "skipped": ""}, "bad": {"cases": 9, "failed": 2, "skipped": ""}},
+        "ceilings": [dataclasses.asdict(c) for c in (
+            ceiling("bytes", 8e6, "memory"), Ceiling("bytes", 2e7, "L2 cache", "given", 100, 0.0),
+            Ceiling("exps", 1.3e7, "vector", "given", 0, 1.6e7), ceiling("flops", 2e8, "vector"),
+            ceiling("launches", 5e5, "launching"))],
+        "versions": {"torch": "2", "driver": "580.1"}, "formulas": {"exps": "one for each & every state"},
+        "gate": {"ours": {"cases": 9, "failed": 0, "skipped": "", "shares": [5] * 20 + [0]},
+                 "bad": {"cases": 9, "failed": 2, "skipped": "", "shares": [5] * 20 + [2]}},
         "peers": [{"name": "theirs", "what": "x", "version": "1", "missing": None},
                   {"name": "absent", "what": "y", "version": "", "missing": "not installed"}],
         "cases": [{
-            "name": "one", "title": "1x10x100", "about": "random", "uses": {"inference": need, "backward": need},
-            "results": [result("ours", "backend", "inference", 4e-3), result("theirs", "peer", "inference", 8e-2),
+            "name": "one", "title": "1x10x100", "about": "random", "measured": 2,
+            "uses": {"inference": need, "backward": need},
+            "results": [result("ours", "backend", "inference", 4e-3, **ours),
+                        result("theirs", "peer", "inference", 8e-2),
                         result("ours", "backend", "backward", 1e-2),
                         {"runner": "theirs", "kind": "peer", "use": "backward", "reason": "takes minutes"}],
         }],
+        "sweeps": [{"axis": "length", "title": "batch 1", "points": [*points, {"size": 2048, "reason": "full"}]}],
+        "counters": {"read": True, "why": "", "rows": [
+            {"case": "1x10x100", "use": "inference", "backend": "ours", "resource": "exps", "counted": 20000,
+             "read": 20400.0, "exact": True, "agrees": True}]},
+        "figure8": {"title": "batch 1", "date": "2026-11-24", "command": "report --figure8", "points": paper,
+                    "operations": {"attention": "flash"}, "peers": []},
     }  # fmt: skip
 
 
@@ -746,24 +771,89 @@ def test_a_page_is_rendered_from_json_alone_and_fetches_nothing(tmp_path):
     made = small_report()
     folder = tmp_path / "a-fast-cpu"
     report.save(made, folder)
-    page = report.render(json.loads((folder / "report.json").read_text()), folder).read_text()
+    page = report.render(report.load(folder / "report.json"), folder).read_text()
     seen = Links(page)
-    assert len(seen.fetched) == len(report.PICTURES)
-    assert all(link.startswith("data:image/png;base64,") for link in seen.fetched)
+    inside = [link for link in seen.fetched if link.startswith("#")]
+    assert len(inside) > 10
+    assert all(f"id={link[1:]}" in page.replace("'", "") for link in inside)
+    pictures = [link for link in seen.fetched if link not in inside]
+    assert len(pictures) == len(report.PICTURES)
+    assert all(link.startswith("data:image/png;base64,") for link in pictures)
     assert not re.search(r"@import|url\(|<script", page)
-    # 1000 elements in 4 ms; half of the bound; 80 ms / 4 ms over the peer
+    # 1000 elements in 4 ms; cold 6 ms; half of the bound; 2 mJ; 80 ms / 4 ms over the peer
     first = seen.cells.index("4 ms")
-    assert seen.cells[first + 2 : first + 6] == ["0.00025", "50 %", "vector", "20x"]
-    assert "A &lt;fast&gt; CPU" in page
-    assert "2 of 9 FAILED" in page
-    assert "takes minutes" in page
-    assert "not installed" in page
+    assert seen.cells[first + 2 : first + 9] == [
+        "6 ms", "0.00025", "50 %", "vector", "2e+03", "20x", "throttled: power cap",
+    ]  # fmt: skip
+    for words in (
+        "A &lt;fast&gt; CPU", "2 of 9 FAILED", "takes minutes", "not installed", "one for each &amp; every state",
+        "1700 to 1980 MHz", "throttled: power cap: 1 of 1 measurements", "1.25x", "within 5 %", "2.00 us each",
+        "data sheet or clock: 16 M/s", "attention, forward + backward: out of memory", "0.2 s were spent", "580.1",
+    ):  # fmt: skip
+        assert words in page, words
     for name in report.PICTURES:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_picture_has_its_figures_in_words(tmp_path):
+    page = report.render(small_report(), tmp_path).read_text()
+    alts = re.findall(r"<img alt='([^']*)'", page)
+    assert len(alts) == len(report.PICTURES)
+    for words in (
+        "1x10x100 forward: ours, 4 ms, 50 % of the bound set by vector", "ours: 1.024 ms at length 1024",
+        "ours: 1024 MiB at length 1024", "bad: 102 tensors, 2 beyond their allowance",
+    ):  # fmt: skip
+        assert any(words in alt for alt in alts), words
+
+
+def test_an_older_report_is_read_and_what_it_lacks_is_said(tmp_path):
+    keys = ("command", "date", "seconds", "complete", "device", "ceilings", "versions", "peers", "cases")
+    old = {k: v for k, v in small_report().items() if k in keys} | {"schema": 1}
+    for c in old["ceilings"]:
+        del c["holds"], c["datasheet"]
+    for r in old["cases"][0]["results"]:
+        for key in ("stopped", "error_s", "disturbed", "conditions", "cold", "untuned_s", "energy_j"):
+            r.pop(key, None)
+    old["gate"] = {"ours": {"cases": 9, "failed": 0, "skipped": ""}}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(old))
+    assert main(["report", "--from", str(path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Counters were not read" in page
+    assert "Nobody told" in page
+    assert len(re.findall("<img", page)) == 4
+    assert (tmp_path / "speed.png").is_file()
+    assert not (tmp_path / "scaling.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("no", "no JSON"), ("[]", "without a device"), ('{"device": {}, "cases": [], "schema": 99}', "schema 1 to 2"),
+     (None, "No such file")],
+)  # fmt: skip
+def test_what_is_no_report_is_one_line(content, words, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_text(content)
+    for option in ("--from", "--compare"):
+        with pytest.raises(SystemExit) as e:
+            main(["report", option, str(path)])
+        assert e.value.code == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert words in said
+        assert option in said
+
+
+def test_labels_are_moved_apart_and_no_further():
+    moved = charts._apart([1.0, 1.05, 5.0, 1.1], 0.5, 0.0, 10.0)
+    assert moved == pytest.approx([1.0, 1.5, 5.0, 2.0])
+    ordered = sorted(charts._apart([9.9, 9.8, 9.7], 0.5, 0.0, 10.0))
+    assert ordered == pytest.approx([9.0, 9.5, 10.0])
+
+
 def test_a_report_without_any_time_still_renders(tmp_path):
-    made = small_report() | {"complete": False}
+    made = small_report() | {"complete": False, "sweeps": [], "figure8": None}
     made["cases"][0]["results"] = []
     assert "Interrupted" in report.render(made, tmp_path).read_text()
 
@@ -868,7 +958,7 @@ def test_bad_arguments_give_one_line_and_exit_code_2(arguments, named, capsys):
 @pytest.fixture
 def small_world(monkeypatch, tmp_path):
     """The verb report on two tiny cases, with a gate that passes chunked and fails cpu; returns its arguments."""
-    from scan_kernels import check, peers
+    from scan_kernels import check, peers, sweep
     from scan_kernels.selective_scan import cases
 
     tiny = [Case(name, batch=1, dim=4, length=12) for name in ("first", "second")]
@@ -879,6 +969,10 @@ def small_world(monkeypatch, tmp_path):
     monkeypatch.setattr(cases, "tagged", lambda tag: tiny)
     monkeypatch.setattr(check, "run", lambda *a: (rows, {"selective_scan": {"cuda": "no GPU"}}))
     monkeypatch.setattr(peers, "PEERS", tuple(p for p in PEERS if p.name in ("plain torch", "mamba_ssm")))
+    axes = (sweep.Axis("length", 8, 32, dim=4), sweep.Axis("state", 4, 4, dim=4, length=8))
+    monkeypatch.setattr(sweep, "AXES", {"cpu": axes})
+    monkeypatch.setattr(sweep, "FIGURE", {"cpu": sweep.Axis("length", 8, 32, dim=64)})
+    monkeypatch.setattr(sweep, "SECONDS", 0.005)
     path = tmp_path / "words"
     path.write_text("to be or not to be")
     out = tmp_path / "out"
@@ -895,6 +989,16 @@ def test_report_times_what_passed_its_gate_and_nothing_else(small_world, capsys)
     assert [c["name"] for c in made["cases"]] == ["first", "second", "text"]
     assert {r["runner"] for c in made["cases"] for r in c["results"]} == {"chunked", "plain torch"}
     assert all("median_s" in r for c in made["cases"] for r in c["results"])
+    ours = [r for c in made["cases"] for r in c["results"] if r["runner"] == "chunked"]
+    assert all(len(r["passes"]) == 2 and r["cold"]["runs"] and r["stopped"] for r in ours)
+    assert all(r["median_s"] == pytest.approx(sum(r["passes"]) / 2) for r in ours)
+    assert made["formulas"]["exps"].startswith("Exponentials and their kin")
+    assert made["gate"]["chunked"]["shares"] == [1, *[0] * 20]
+    assert [[p["size"] for p in axis["points"]] for axis in made["sweeps"]] == [[8, 32], [4]]
+    steps = [r for r in made["sweeps"][0]["points"][1]["results"] if r["use"] == "step"]
+    assert {r["runner"] for r in steps} == {"chunked", "plain torch"}
+    assert all(r["peak_bytes"] > 0 for r in steps if r["runner"] == "plain torch")
+    assert made["counters"]["why"]
     assert made["cases"][2]["check"]["chunked"]["ok"]
     assert made["cases"][2]["uses"]["inference"]["elements"] == 512 * len("to be or not to be")
     assert made["peers"][0]["name"] == "mamba_ssm"
@@ -922,3 +1026,48 @@ def test_an_interrupted_report_keeps_what_is_done(small_world, monkeypatch):
     assert [c["name"] for c in made["cases"]] == ["first"]
     assert not made["complete"]
     assert "Interrupted" in (folder / "report.html").read_text()
+
+
+def test_an_interrupted_report_goes_on_where_it_was(small_world, monkeypatch):
+    arguments, folder = small_world
+    whole, seen = measure.results, []
+
+    def interrupted(op, case, *rest, **options):
+        seen.append(case.name)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return whole(op, case, *rest, **options)
+
+    monkeypatch.setattr(measure, "results", interrupted)
+    assert main(arguments) == 130
+    assert main([*arguments, "--resume"]) == 1
+    made = json.loads((folder / "report.json").read_text())
+    assert made["complete"]
+    # first and second and text, then first again: interrupted at second, which comes next
+    assert seen[:7] == ["first", "second", "text", "first", "second", "second", "text"]
+    assert seen.count("length-8") == 2  # forward and backward
+    assert all(len(r["passes"]) == 2 for c in made["cases"] for r in c["results"] if r["runner"] == "chunked")
+
+
+def test_there_is_nothing_to_resume_elsewhere(small_world, capsys):
+    arguments, _ = small_world
+    with pytest.raises(SystemExit):
+        main([*arguments, "--resume"])
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_the_papers_picture_is_added_to_the_report_and_kept_by_the_next(small_world, capsys):
+    arguments, folder = small_world
+    assert main([*arguments, "--figure8"]) == 0
+    made = json.loads((folder / "report.json").read_text())
+    points = made["figure8"]["points"]
+    assert [p["size"] for p in points] == [8, 16, 32]
+    for use in ("inference", "step"):
+        timed = {r["runner"] for r in points[-1]["results"] if r["use"] == use and "median_s" in r}
+        assert timed == {"scan-kernels", "plain torch", "attention", "convolution"}
+    assert (folder / "figure8.png").is_file()
+    assert "--figure8" in made["figure8"]["command"]
+    main(arguments)
+    made = json.loads((folder / "report.json").read_text())
+    assert made["figure8"]["points"] == points
+    assert "attention" in (folder / "report.html").read_text()
