@@ -98,7 +98,8 @@ def html(report: Report, pictures: dict[str, bytes]) -> str:
     sections = [
         _headline(report), shown("speed.png"), shown("needs.png"), shown("roofline.png"),
         shown("roofline-classic.png"), shown("scaling.png"), shown("memory.png"),
-        shown("figure8.png") + (_figure8(report) if "figure8.png" in pictures else ""), _tuned(report),
+        shown("figure8.png") + (_figure8(report) if "figure8.png" in pictures else ""), _parts(report),
+        _tuned(report),
         _gate(report) + shown("errors.png"), _bounds(report), _counters(report), _conditions(report),
         _left_out(report), _environment(report),
     ]  # fmt: skip
@@ -326,6 +327,30 @@ def _figure8(report: Report) -> str:
         f"<code>{escape(made['command'])}</code>.</p><ul>{what}</ul>{absent}"
         + _table(["direction", "length", *names], rows, 2, "Time against length")
         + (f"<h3>Where a line ends, and why</h3><ul class=note>{why}</ul>" if why else "")
+    )
+
+
+def _parts(report: Report) -> str:
+    rows = []
+    for part in report["parts"]:
+        ours = {r["use"]: r["median_s"] for r in part["results"] if r["kind"] == "backend" and "median_s" in r}
+        first = "first"
+        for r in part["results"]:
+            if "reason" in r:
+                cells = [r["runner"], "", r["reason"], "", ""]
+            else:
+                gain = f"{r['median_s'] / ours[r['use']]:.3g}x" if r["kind"] == "peer" and r["use"] in ours else ""
+                span = f"{seconds(r['low_s'])} to {seconds(r['high_s'])}"
+                cells = [r["runner"], TITLES[r["use"]], seconds(r["median_s"]), span, gain]
+            rows.append((first, [part["title"] if first else "", *cells]))
+            first = ""
+    if not rows:
+        return ""
+    return (
+        "<h2 id=parts>The block and its parts</h2><p>What stands around the scan, with the same weights and inputs for "
+        "everybody; who is far from our result gets no time. The convolution and the single step of this package are "
+        "plain torch. The last column is how many times as long as ours.</p>"
+        + _table(["", "who", "direction", "time", "quartiles", "over ours"], rows, 3, "The block and its parts")
     )
 
 

@@ -12,6 +12,7 @@ A report is plain data (what JSON holds), ``SCHEMA`` 2:
         results   each {runner, kind, use} with a reason, or fields of a ``Timing`` and, where known, passes (medians of
                   several measurements), cold (another timing), energy_j, config, chosen, untuned_s, difference
     sweeps      each {axis, title, points}; a point {size, uses, results}, or {size, reason}
+    parts       each {part, title, results}: the block, the convolution, a single step
     counters    {read, why, rows}; a row {case, use, backend, resource, counted, read, exact, agrees}
     figure8     None, or {title, date, command, points, operations, peers}
 """
@@ -44,7 +45,7 @@ def empty() -> Report:
     """A report of nothing, which has everything that a reader may ask for."""
     return {
         "schema": SCHEMA, "command": "", "date": "", "seconds": 0.0, "complete": False, "device": {}, "ceilings": [],
-        "versions": {}, "sources": {}, "formulas": {}, "gate": {}, "peers": [], "cases": [], "sweeps": [],
+        "versions": {}, "sources": {}, "formulas": {}, "gate": {}, "peers": [], "cases": [], "sweeps": [], "parts": [],
         "counters": {}, "figure8": None,
     }  # fmt: skip
 

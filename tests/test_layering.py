@@ -33,6 +33,7 @@ RULES = {
     "measure": ("op", "peers", "profiling"),
     "sweep": ("op", "measure", "profiling"),
     "counters": ("measure",),
+    "parts": ("mamba", "measure", "profiling"),
     "text": ("profiling.device", "OP.cases", "mamba"),
     "cli": EVERYTHING,
     "__main__": EVERYTHING,

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from scan_kernels import measure, selective_scan, text
+from scan_kernels import counters, measure, parts, selective_scan, text
 from scan_kernels.__main__ import main
+from scan_kernels.cli import report_steps
 from scan_kernels.peers import PEERS, Peer
 from scan_kernels.profiling import ceilings as maker
 from scan_kernels.profiling import charts, readings, report, roofline, timer
@@ -649,6 +650,57 @@ def test_an_installed_peer_computes_the_same(peer: Peer):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
+def test_a_part_that_computes_something_else_gets_no_time(monkeypatch):
+    monkeypatch.setattr(parts, "SIZES", {"cpu": (1, 8, 16)})
+    known = {"step": {"scan-kernels": parts._step_ours, "off": lambda s: (lambda: parts._step_ours(s)[0]() + 1, []),
+                      "absent": parts._step_of_mamba_ssm}}  # fmt: skip
+    monkeypatch.setattr(parts, "PARTS", known)
+    monkeypatch.setattr(parts, "titles", lambda device: {"step": "a step"})
+    (made,) = parts.results(CPU, 0.01)
+    by_name = {r["runner"]: r for r in made["results"]}
+    assert by_name["scan-kernels"]["median_s"] > 0
+    assert "from ours in norm" in by_name["off"]["reason"]
+    assert "not installed" in by_name["absent"]["reason"]
+
+
+def test_the_counters_of_all_kernels_add_up():
+    names = [name for metrics in counters.METRICS.values() for name in metrics]
+    lines = ["==PROF== Connected", ",".join(f'"{n}"' for n in ("ID", "Kernel Name", *names)),
+             ",".join(['""', '""', *['"byte"'] * len(names)]),
+             ",".join(['"0"', '"scan"', *[f'"{1000 * (i + 1):,}"' for i in range(len(names))]]),
+             ",".join(['"1"', '"combine"', *['"1"'] * len(names)]), "==PROF== Disconnected"]  # fmt: skip
+    read = counters.parse("\n".join(lines))
+    assert read == {
+        "bytes": 1001 + 2001, "exps": 32 * 3001, "flops": 4001 + 5001 + 2 * 6001, "issues": 32 * 7001,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
+        counters.parse("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n")
+
+
+def test_counters_are_read_where_ncu_is(monkeypatch):
+    """Two resources agree with the formulas, one of them does not; what ncu says instead is kept."""
+    made = small_report()
+    made["cases"][0]["name"] = "1x10x100"
+    rich = types.SimpleNamespace(add_task=lambda *a, **k: 0, remove_task=lambda task: None)
+    asked = []
+
+    def read(*what):
+        asked.append(what)
+        return {"bytes": 8300.0, "exps": 30000.0, "flops": 1.5e5, "issues": 1.0}
+
+    monkeypatch.setattr(counters, "found", lambda: "/usr/bin/ncu")
+    monkeypatch.setattr(counters, "read", read)
+    found = report_steps._counters(H100, made, rich)
+    assert asked[0] == ("selective_scan", "1,10,100,16,bf16", "ours", "inference")
+    assert {r["resource"]: r["agrees"] for r in found["rows"] if r["use"] == "inference"} == {
+        "bytes": True, "exps": False, "flops": False,
+    }  # fmt: skip
+    monkeypatch.setattr(counters, "read", lambda *what: counters.parse("", "==ERROR== no leave"))
+    found = report_steps._counters(H100, made, rich)
+    assert not found["read"]
+    assert "no leave" in found["why"]
+
+
 def test_a_peer_says_why_it_does_not_fit():
     loop = next(p for p in PEERS if p.loop_states)
     base = Problem("forward", 1, 64, 256, 16)
@@ -739,6 +791,9 @@ def small_report() -> report.Report:
                         {"runner": "theirs", "kind": "peer", "use": "backward", "reason": "takes minutes"}],
         }],
         "sweeps": [{"axis": "length", "title": "batch 1", "points": [*points, {"size": 2048, "reason": "full"}]}],
+        "parts": [{"part": "block", "title": "a block", "results": [
+            result("scan-kernels", "backend", "inference", 1e-3), result("theirs", "peer", "inference", 7e-3),
+            {"runner": "fla", "kind": "peer", "use": "inference", "reason": "no fla"}]}],
         "counters": {"read": True, "why": "", "rows": [
             {"case": "1x10x100", "use": "inference", "backend": "ours", "resource": "exps", "counted": 20000,
              "read": 20400.0, "exact": True, "agrees": True}]},
@@ -788,7 +843,8 @@ def test_a_page_is_rendered_from_json_alone_and_fetches_nothing(tmp_path):
     for words in (
         "A &lt;fast&gt; CPU", "2 of 9 FAILED", "takes minutes", "not installed", "one for each &amp; every state",
         "1700 to 1980 MHz", "throttled: power cap: 1 of 1 measurements", "1.25x", "within 5 %", "2.00 us each",
-        "data sheet or clock: 16 M/s", "attention, forward + backward: out of memory", "0.2 s were spent", "580.1",
+        "data sheet or clock: 16 M/s", "attention, forward + backward: out of memory", "0.2 s were spent", "580.1", "no fla",
+        "<td>7x</td>",
     ):  # fmt: skip
         assert words in page, words
     for name in report.PICTURES:
@@ -973,6 +1029,7 @@ def small_world(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "AXES", {"cpu": axes})
     monkeypatch.setattr(sweep, "FIGURE", {"cpu": sweep.Axis("length", 8, 32, dim=64)})
     monkeypatch.setattr(sweep, "SECONDS", 0.005)
+    monkeypatch.setattr(parts, "SIZES", {"cpu": (1, 8, 16)})
     path = tmp_path / "words"
     path.write_text("to be or not to be")
     out = tmp_path / "out"
@@ -980,7 +1037,6 @@ def small_world(monkeypatch, tmp_path):
 
 
 def test_report_times_what_passed_its_gate_and_nothing_else(small_world, capsys):
-    from scan_kernels.__main__ import main
 
     arguments, folder = small_world
     assert main(arguments) == 1  # a red gate is a failure, after everything else was done
@@ -999,6 +1055,11 @@ def test_report_times_what_passed_its_gate_and_nothing_else(small_world, capsys)
     assert {r["runner"] for r in steps} == {"chunked", "plain torch"}
     assert all(r["peak_bytes"] > 0 for r in steps if r["runner"] == "plain torch")
     assert made["counters"]["why"]
+    for part in made["parts"]:
+        assert {r["use"] for r in part["results"] if "median_s" in r} == {"inference", "step"} - (
+            {"step"} if part["part"] == "step" else set()
+        )
+        assert {r["runner"] for r in part["results"]} == set(parts.PARTS[part["part"]])
     assert made["cases"][2]["check"]["chunked"]["ok"]
     assert made["cases"][2]["uses"]["inference"]["elements"] == 512 * len("to be or not to be")
     assert made["peers"][0]["name"] == "mamba_ssm"

@@ -39,7 +39,7 @@ def steps(
     bar: Progress,
 ) -> Iterator[None]:  # fmt: skip
     """Fill the record, what matters most first; a step is worth saving. What it holds already is not done again."""
-    from .. import measure, sweep
+    from .. import measure, parts, sweep
 
     if not record["gate"]:
         record["gate"] = _gate(device, root, bar)
@@ -62,6 +62,14 @@ def steps(
         bar.update(task, completed=done, description=f"sizes in a row: {done} of {points}")
         yield
     bar.remove_task(task)
+    if len(record["parts"]) < len(parts.PARTS):
+        task = bar.add_task("the block and its parts", total=len(parts.PARTS))
+        record["parts"] = []
+        for part in parts.results(device, args.seconds):
+            record["parts"].append(part)
+            bar.update(task, advance=1, description=part["title"])
+        bar.remove_task(task)
+        yield
     if not record["counters"]:
         record["counters"] = _counters(device, record, bar)
         yield
