@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -843,8 +844,8 @@ def test_a_page_is_rendered_from_json_alone_and_fetches_nothing(tmp_path):
     for words in (
         "A &lt;fast&gt; CPU", "2 of 9 FAILED", "takes minutes", "not installed", "one for each &amp; every state",
         "1700 to 1980 MHz", "throttled: power cap: 1 of 1 measurements", "1.25x", "within 5 %", "2.00 us each",
-        "data sheet or clock: 16 M/s", "attention, forward + backward: out of memory", "0.2 s were spent", "580.1", "no fla",
-        "<td>7x</td>",
+        "data sheet or clock: 16 M/s", "attention, forward + backward: out of memory", "0.2 s were spent", "580.1",
+        "no fla", "<td>7x</td>",
     ):  # fmt: skip
         assert words in page, words
     for name in report.PICTURES:
@@ -964,13 +965,34 @@ def test_bench_prints_a_time_with_its_bound():
     assert "forward" in line
     assert "%" in line
     assert "units" in line or "memory" in line
+    assert len(re.findall(r"\d [mu]?s\b", line)) >= 5  # time, two quartiles, cold, bound
+
+
+def test_the_benchmarks_are_off_unless_asked_for_and_can_be_compared(tmp_path):
+    def run(*options):
+        command = [sys.executable, "-m", "pytest", "-q", "tests/test_benchmarks.py", "-k", "tiny and chunked", *options]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+
+    storage = f"--benchmark-storage={tmp_path}"
+    assert "3 skipped" in run().stdout
+    first = run("--benchmark-only", storage, "--benchmark-autosave")
+    assert "3 passed" in first.stdout, first.stdout + first.stderr
+    again = run("--benchmark-only", storage, "--benchmark-compare")
+    assert "3 passed" in again.stdout
+    assert "(0001_" in again.stdout  # the saved run's rows stand beside the new ones
+    (saved,) = tmp_path.rglob("0001_*.json")
+    for made in json.loads(saved.read_text())["benchmarks"]:
+        assert made["extra_info"]["bound_s"] > 0
+        assert made["stats"]["median"] > made["extra_info"]["bound_s"]
 
 
 def test_a_sweep_is_a_measurement_for_each_size_and_a_cliff_fails(monkeypatch, capsys):
     """Twice as long, an element takes ten times as long; then the same again."""
     seconds = iter((1e-3, 20e-3, 40e-3))
 
-    def results(op, case, *others):
+    def results(op, case, *others, **options):
         took = next(seconds)
         yield {"use": "inference", "runner": "chunked", "median_s": took, "low_s": took, "high_s": took, "runs": 3,
                "method": "one call"}  # fmt: skip
@@ -988,6 +1010,7 @@ def test_a_sweep_is_a_measurement_for_each_size_and_a_cliff_fails(monkeypatch, c
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (("bench", "--op", "abacus", "--shape", "1,2,3"), "--op"),
         (("bench", "--shape", "1,2"), "--shape"),
         (("bench", "--shape", "1,2,0"), "--shape"),
         (("bench", "--shape", "1,2,3", "--dtype", "int8"), "--dtype"),
