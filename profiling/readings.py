@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,15 +65,14 @@ def energy(device: Device) -> float | None:
     """Joules that the device has used so far, on a counter that moves some ten times a second; None if unknown."""
     if device.kind != "cuda" or (found := nvml(device.index)) is None:
         return None
-    library, handle = found
-    used = _ask(library.nvmlDeviceGetTotalEnergyConsumption, handle)
+    used = _ask(found[0], "nvmlDeviceGetTotalEnergyConsumption", found[1])
     return None if used is None else used / 1e3
 
 
 def driver(device: Device) -> str:
     """The version of the GPU's driver, or ""."""
     found = nvml(device.index) if device.kind == "cuda" else None
-    version = _ask(found[0].nvmlSystemGetDriverVersion) if found else None
+    version = _ask(found[0], "nvmlSystemGetDriverVersion") if found else None
     return version.decode() if isinstance(version, bytes) else version or ""
 
 
@@ -82,7 +80,7 @@ def top_clock(device: Device) -> float:
     """The highest multiprocessor clock of a GPU in MHz; 0 where nobody tells."""
     if (found := nvml(device.index)) is not None:
         library, handle = found
-        if megahertz := _ask(library.nvmlDeviceGetMaxClockInfo, handle, library.NVML_CLOCK_SM):
+        if megahertz := _ask(library, "nvmlDeviceGetMaxClockInfo", handle, library.NVML_CLOCK_SM):
             return float(megahertz)
     return getattr(torch.cuda.get_device_properties(device.index), "clock_rate", 0) / 1e3
 
@@ -96,15 +94,15 @@ def nvml(index: int) -> tuple[Any, Any] | None:
         pynvml.nvmlInit()
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
     except Exception:
-        # NVML has an error class for each
         return None
 
 
-def _ask(question: Callable[..., Any], *arguments: Any) -> Any:
-    """NVML's answer; None where this device, driver or user gets none."""
+def _ask(library: Any, question: str, *arguments: Any) -> Any:
+    """NVML's answer; None where this binding, driver, device or user gets none."""
     try:
-        return question(*arguments)
+        return getattr(library, question)(*arguments)
     except Exception:
+        # NVML has an error class for each
         return None
 
 
@@ -119,19 +117,19 @@ class _GpuWatch(Watch):
         if time.perf_counter() < self.next:
             return
         n, handle = self.library, self.handle
-        # renamed in NVML 12.2; older bindings have the old name only
-        why = getattr(n, "nvmlDeviceGetCurrentClocksEventReasons", None) or n.nvmlDeviceGetCurrentClocksThrottleReasons
         figures = {
-            "sm": _ask(n.nvmlDeviceGetClockInfo, handle, n.NVML_CLOCK_SM),
-            "memory": _ask(n.nvmlDeviceGetClockInfo, handle, n.NVML_CLOCK_MEM),
-            "milliwatts": _ask(n.nvmlDeviceGetPowerUsage, handle),
-            "celsius": _ask(n.nvmlDeviceGetTemperature, handle, n.NVML_TEMPERATURE_GPU),
-            "processes": len(_ask(n.nvmlDeviceGetComputeRunningProcesses, handle) or ()),
+            "sm": _ask(n, "nvmlDeviceGetClockInfo", handle, n.NVML_CLOCK_SM),
+            "memory": _ask(n, "nvmlDeviceGetClockInfo", handle, n.NVML_CLOCK_MEM),
+            "milliwatts": _ask(n, "nvmlDeviceGetPowerUsage", handle),
+            "celsius": _ask(n, "nvmlDeviceGetTemperature", handle, n.NVML_TEMPERATURE_GPU),
+            "processes": len(_ask(n, "nvmlDeviceGetComputeRunningProcesses", handle) or ()),
         }
         for name, figure in figures.items():
             if figure is not None:
                 self.seen.setdefault(name, []).append(float(figure))
-        self.reasons |= _ask(why, handle) or 0
+        # renamed in NVML 12.2; older bindings and drivers know the old name only
+        names = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+        self.reasons |= next((bits for name in names if (bits := _ask(n, name, handle)) is not None), 0)
         self.next = time.perf_counter() + EVERY_S
 
     def conditions(self) -> Conditions:

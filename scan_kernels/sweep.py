@@ -180,12 +180,13 @@ def figure8(
                 results += _scans(op, case, tensors, tried, device, use)
                 del tensors
             except torch.OutOfMemoryError:
-                pass
+                why = "its tensors do not fit in memory"
+                results += [{"runner": r.name, "kind": r.kind, "use": use, "reason": why} for r in runners]
             for name in OPERATIONS:
-                if not (why := patience.why.get((name, use))):
-                    why, timing = _operation(name, case, device, use)
+                known = patience.why.get((name, use))
+                reason, timing = (known, None) if known else _operation(name, case, device, use)
                 record = {"runner": name, "kind": "operation", "use": use}
-                results.append(record | ({"reason": why} if why else dataclasses.asdict(timing)))
+                results.append(record | ({"reason": reason} if timing is None else dataclasses.asdict(timing)))
         for record in results:
             patience.note(record, size)
         points.append({"size": size, "results": results})
