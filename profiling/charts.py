@@ -139,8 +139,8 @@ def _roofline(report: dict[str, Any], resource: str) -> bytes | None:
         axes.set(xlabel=f"{words} per byte of memory traffic (count / B)", ylabel=f"{words} a second (1/s)")
         axes.text(right / 1.05, top * 1.06, f"{words}: {top:.3g} a second", fontsize=9, ha="right")
         middle = (left * ridge) ** 0.5
-        axes.annotate(f"memory: {memory:.3g} B/s", (middle, middle * memory), (-6, 6), textcoords="offset points",
-                      fontsize=9, ha="right")  # fmt: skip
+        axes.annotate(f"memory: {memory:.3g} B/s", (middle, middle * memory), (8, -4), textcoords="offset points",
+                      fontsize=9, va="top")  # fmt: skip
         markers = dict(zip(("inference", "training", "backward"), "os^", strict=True))
         low, high = (math.log(y) for y in axes.get_ylim())
         column = max(x for _, x, *_ in points) * 1.6

@@ -75,6 +75,13 @@ def seconds(s: float) -> str:
     return f"{s / scale:.4g} {unit}"
 
 
+def span(low_s: float, high_s: float) -> str:
+    """From a time to another, with one unit: "49.1 to 51.3 us"."""
+    high, unit = seconds(high_s).split()
+    scale = {"s": 1.0, "ms": 1e-3, "us": 1e-6}[unit]
+    return f"{low_s / scale:.4g} to {high} {unit}"
+
+
 def speed_ups(case: dict[str, Any], use: str, median_s: float) -> dict[str, float]:
     """How many times faster than each peer that was timed in the same use."""
     return {r["runner"]: r["median_s"] / median_s for r in timed(case, use) if r["kind"] == "peer"}
@@ -192,9 +199,8 @@ def _headline(report: Report) -> str:
     peers = [p["name"] for p in report["peers"] if not p["missing"]]
     every = [(c, r) for c in report["cases"] for r in c["results"]]
     cold, joules = any("cold" in r for _, r in every), any(r.get("energy_j") for _, r in every)
-    noted = any(r.get("disturbed") for _, r in every)
     head = ["case", "direction", "what ran", "time", "quartiles", *["cold"] * cold, "Gelem/s", "share of bound",
-            "bound by", *["nJ/element"] * joules, *(f"over {p}" for p in peers), *["disturbed by"] * noted]  # fmt: skip
+            "bound by", *["nJ/element"] * joules, *(f"over {p}" for p in peers)]  # fmt: skip
     rows = []
     for case in report["cases"]:
         for use in case["uses"]:
@@ -202,14 +208,13 @@ def _headline(report: Report) -> str:
             for r in timed(case, use):
                 gains = speed_ups(case, use, r["median_s"]) if r["kind"] == "backend" else {}
                 cells = [
-                    case["title"], TITLES[use], r["runner"], seconds(r["median_s"]),
-                    f"{seconds(r['low_s'])} to {seconds(r['high_s'])}",
+                    case["title"], TITLES[use], r["runner"], seconds(r["median_s"]) + " †" * bool(r.get("disturbed")),
+                    span(r["low_s"], r["high_s"]),
                     *[seconds(r["cold"]["median_s"]) if "cold" in r else ""] * cold,
                     f"{need['elements'] / r['median_s'] / 1e9:.3g}", f"{100 * need['seconds'] / r['median_s']:.2g} %",
                     need["unit"],
                     *[f"{1e9 * r['energy_j'] / need['elements']:.3g}" if r.get("energy_j") else ""] * joules,
                     *(f"{gains[p]:.3g}x" if p in gains else "" for p in peers),
-                    *["; ".join(r.get("disturbed", ()))] * noted,
                 ]  # fmt: skip
                 rows.append((" ".join([first, "peer" * (r["kind"] == "peer")]).strip(), cells))
                 first = ""
@@ -221,8 +226,8 @@ def _headline(report: Report) -> str:
         f"<h2 id=times>Times</h2><ul>{about}</ul><p>Medians, caches as warm as back-to-back calls make them; cold: the "
         "last cache was read full before each call. Forward is the call without gradients; “forward, training” keeps "
         "what the backward needs; backward is all gradients through autograd. An element is one channel at one time "
-        "step: batch x dim x length of them. “over X” is how many times faster than X.</p>"
-        + _table(head, rows, 3, "Times")
+        "step: batch x dim x length of them. “over X” is how many times faster than X. † The "
+        "measurement was disturbed, as <a href='#conditions'>below</a>.</p>" + _table(head, rows, 3, "Times")
     )
 
 
@@ -340,8 +345,8 @@ def _parts(report: Report) -> str:
                 cells = [r["runner"], "", r["reason"], "", ""]
             else:
                 gain = f"{r['median_s'] / ours[r['use']]:.3g}x" if r["kind"] == "peer" and r["use"] in ours else ""
-                span = f"{seconds(r['low_s'])} to {seconds(r['high_s'])}"
-                cells = [r["runner"], TITLES[r["use"]], seconds(r["median_s"]), span, gain]
+                quartiles = span(r["low_s"], r["high_s"])
+                cells = [r["runner"], TITLES[r["use"]], seconds(r["median_s"]), quartiles, gain]
             rows.append((first, [part["title"] if first else "", *cells]))
             first = ""
     if not rows:
@@ -358,32 +363,36 @@ def _conditions(report: Report) -> str:
     """What the device was like, from every record that says so."""
     every = [r["conditions"] for c in report["cases"] for r in c["results"] if r.get("conditions")]
     every = [c for c in every if c["source"]]
-    said: dict[str, int] = {}
-    for r in (r for c in report["cases"] for r in c["results"]):
-        for words in r.get("disturbed", ()):
-            said[words] = said.get(words, 0) + 1
+    said = [
+        ("", [c["title"], TITLES[r["use"]], r["runner"], "; ".join(r["disturbed"])])
+        for c in report["cases"] for r in c["results"] if r.get("disturbed")
+    ]  # fmt: skip
     heading = "<h2 id=conditions>While it was measured</h2>"
     if not every:
         return f"{heading}<p>Nobody told: neither clocks nor other load were read.</p>"
 
-    def span(name: str, unit: str) -> str:
+    def ends(name: str, unit: str) -> str:
         figures = [x for c in every for x in (c[name] if isinstance(c[name], list | tuple) else [c[name]])]
         return f"{min(figures):.0f} to {max(figures):.0f} {unit}"
 
     gpu = any(c["source"] == "NVML" for c in every)
     facts = (
-        [("Multiprocessor clock", span("sm_mhz", "MHz")), ("Memory clock", span("memory_mhz", "MHz")),
-         ("Power, highest of each measurement", span("power_w", "W")),
-         ("Temperature, highest of each", span("temperature_c", "°C"))] if gpu
+        [("Multiprocessor clock", ends("sm_mhz", "MHz")), ("Memory clock", ends("memory_mhz", "MHz")),
+         ("Power, highest of each measurement", ends("power_w", "W")),
+         ("Temperature, highest of each", ends("temperature_c", "°C"))] if gpu
         else [("Share of the cores that other processes took",
                f"{100 * min(c['others'] for c in every):.0f} to {100 * max(c['others'] for c in every):.0f} %")]
     )  # fmt: skip
-    listed = "".join(f"<li>{escape(words)}: {n} of {len(every)} measurements</li>" for words, n in said.items())
-    clean = "" if said else "<p>No measurement was disturbed: no throttling, no falling clock, no other load.</p>"
+    clean = "<p>No measurement was disturbed: no throttling, no falling clock, no other load, no wide spread.</p>"
     return (
         f"{heading}<p>Read through {escape(every[0]['source'])} during each measurement.</p>"
         + _table(["", ""], [("", [k, v]) for k, v in facts], 1, "Conditions")
-        + (f"<p>Disturbed, and labelled in the table of times:</p><ul>{listed}</ul>" if listed else clean)
+        + (
+            f"<p>Disturbed, of {len(every)} measurements:</p>"
+            + _table(["case", "direction", "what ran", "by"], said, 4, "Disturbed measurements")
+            if said
+            else clean
+        )
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from scan_kernels import counters, measure, parts, selective_scan, text
+from scan_kernels import counters, measure, parts, selective_scan, sweep, text
 from scan_kernels.__main__ import main
 from scan_kernels.cli import report_steps
 from scan_kernels.peers import PEERS, Peer
@@ -651,6 +651,85 @@ def test_an_installed_peer_computes_the_same(peer: Peer):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
+def test_what_tuning_gained_is_timed_beside_the_rule_of_thumb(monkeypatch):
+    case = Case("small", batch=1, dim=8, length=40)
+    resolve, asked = OP.resolve, []
+
+    def tuned(problem, device, backend="auto", config=None):
+        choice = resolve(problem, device, backend, config)
+        asked.append(config)
+        other = choice.module.configs(problem, CPU)[1]
+        return choice if config else dataclasses.replace(choice, config=other, source="tuned")
+
+    monkeypatch.setattr(OP, "resolve", tuned)
+    runner = measure.backend(OP, "chunked", selective_scan)
+    (record,) = measure.results(OP, case, case.make(), [runner], CPU, 0.01, ("inference",))
+    default = OP.backends["chunked"].configs(case.used("inference"), CPU)[0]
+    assert record["chosen"] == "tuned"
+    assert record["config"] != dataclasses.asdict(default)
+    assert record["untuned_s"] > 0
+    assert default in asked  # the rule of thumb ran by its own configuration
+    monkeypatch.setattr(OP, "resolve", resolve)
+    (record,) = measure.results(OP, case, case.make(), [runner], CPU, 0.01, ("inference",))
+    assert "untuned_s" not in record
+
+
+def test_two_measurements_of_a_call_become_one():
+    first = {"runner": "a", "use": "inference", "median_s": 1.0, "low_s": 0.9, "high_s": 1.1, "runs": 5,
+             "disturbed": ["x"], "cold": {"median_s": 7.0}}  # fmt: skip
+    second = first | {"median_s": 2.0, "low_s": 1.9, "high_s": 2.1, "runs": 7, "disturbed": ["x", "y"]}
+    made = measure.merged(first, second)
+    assert (made["median_s"], made["low_s"], made["runs"]) == (1.5, pytest.approx(1.4), 12)
+    assert made["passes"] == [1.0, 2.0]
+    assert made["disturbed"] == ["x", "y"]
+    again = measure.merged(made, first | {"median_s": 3.0})
+    assert again["passes"] == [1.0, 2.0, 3.0]
+    assert again["median_s"] == 2.0
+    failed = {"runner": "a", "use": "inference", "reason": "out of memory"}
+    assert measure.merged(first, failed) == first
+    assert measure.merged(failed, first) == first
+
+
+def test_the_peak_of_a_call_is_what_it_takes_at_once():
+    peaks = [measure.peak(lambda n=n: [torch.ones(n << 18) for _ in range(2)], CPU) for n in (8, 32)]
+    if peaks[0] is None:
+        pytest.skip("this system does not tell")
+    for n, found in zip((8, 32), peaks, strict=True):
+        assert found == pytest.approx(2 * n << 20, rel=0.15)
+
+
+def test_the_sizes_of_an_axis_are_powers_of_two_and_end_at_the_last():
+    axis = sweep.Axis("length", 512, 1 << 20)
+    assert axis.sizes(full=True) == [1 << n for n in range(9, 21)]
+    assert axis.sizes(full=False) == [512, *(1 << n for n in range(10, 21, 2))]
+    assert sweep.Axis("state", 4, 4).sizes(full=False) == [4]
+
+
+def test_who_takes_too_long_or_fails_is_not_tried_at_larger_sizes():
+    patience = sweep.Patience(0.1)
+    for size, seconds in ((8, 0.05), (16, 0.2), (32, None)):
+        record = {"runner": "slow", "use": "backward"}
+        patience.note(record | ({"median_s": seconds} if seconds else {"reason": "larger sizes"}), size)
+    patience.note({"runner": "broken", "use": "backward", "reason": "out of memory"}, 16)
+    assert patience.why["slow", "backward"] == "took 0.2 s at 16; larger sizes are not tried"
+    assert patience.why["broken", "backward"] == "out of memory"
+    assert ("slow", "inference") not in patience.why
+
+
+@pytest.mark.parametrize("name", ["attention", "convolution"])
+def test_an_operation_that_is_wrong_is_not_drawn(name, monkeypatch):
+    right = getattr(sweep, name)
+
+    def wrong(*arguments):
+        run, tensors = right(*arguments)
+        return lambda: run() * 1.01, tensors
+
+    sweep._check_operations(CPU)
+    monkeypatch.setattr(sweep, name, wrong)
+    with pytest.raises(RuntimeError, match=name):
+        sweep._check_operations(CPU)
+
+
 def test_a_part_that_computes_something_else_gets_no_time(monkeypatch):
     monkeypatch.setattr(parts, "SIZES", {"cpu": (1, 8, 16)})
     known = {"step": {"scan-kernels": parts._step_ours, "off": lambda s: (lambda: parts._step_ours(s)[0]() + 1, []),
@@ -837,13 +916,13 @@ def test_a_page_is_rendered_from_json_alone_and_fetches_nothing(tmp_path):
     assert all(link.startswith("data:image/png;base64,") for link in pictures)
     assert not re.search(r"@import|url\(|<script", page)
     # 1000 elements in 4 ms; cold 6 ms; half of the bound; 2 mJ; 80 ms / 4 ms over the peer
-    first = seen.cells.index("4 ms")
-    assert seen.cells[first + 2 : first + 9] == [
-        "6 ms", "0.00025", "50 %", "vector", "2e+03", "20x", "throttled: power cap",
+    first = seen.cells.index("4 ms †")
+    assert seen.cells[first + 1 : first + 8] == [
+        "3.6 to 4.4 ms", "6 ms", "0.00025", "50 %", "vector", "2e+03", "20x",
     ]  # fmt: skip
     for words in (
         "A &lt;fast&gt; CPU", "2 of 9 FAILED", "takes minutes", "not installed", "one for each &amp; every state",
-        "1700 to 1980 MHz", "throttled: power cap: 1 of 1 measurements", "1.25x", "within 5 %", "2.00 us each",
+        "1700 to 1980 MHz", "<td class=t>throttled: power cap</td>", "1.25x", "within 5 %", "2.00 us each",
         "data sheet or clock: 16 M/s", "attention, forward + backward: out of memory", "0.2 s were spent", "580.1",
         "no fla", "<td>7x</td>",
     ):  # fmt: skip
@@ -1037,7 +1116,7 @@ def test_bad_arguments_give_one_line_and_exit_code_2(arguments, named, capsys):
 @pytest.fixture
 def small_world(monkeypatch, tmp_path):
     """The verb report on two tiny cases, with a gate that passes chunked and fails cpu; returns its arguments."""
-    from scan_kernels import check, peers, sweep
+    from scan_kernels import check, peers
     from scan_kernels.selective_scan import cases
 
     tiny = [Case(name, batch=1, dim=4, length=12) for name in ("first", "second")]

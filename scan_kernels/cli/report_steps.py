@@ -131,7 +131,8 @@ def _cases(
 ) -> Iterator[None]:  # fmt: skip
     """Measure case after case, those of the op, then the text's, once; done: how often they have been measured.
 
-    Each time but the first is without slow implementations, and is merged with what is there.
+    Each time but the first is without what takes longer for one call than a measurement should, and is merged with
+    what is there.
     """
     from .. import check, measure
     from ..profiling.ceilings import ceilings
@@ -156,6 +157,8 @@ def _cases(
             made["check"] = _checked(op, case, tensors, [r.name for r in runners if r.kind == "backend"], check)
         fit = [r for r in runners if made.get("check", {}).get(r.name, {"ok": True})["ok"]]
         results = {(r["runner"], r["use"]): r for r in made["results"]}
+        slow = {name for (name, _), r in results.items() if r.get("median_s", 0.0) > seconds}
+        fit = [r for r in fit if r.name not in slow]
         again = f", again ({done + 1} of {PASSES})" if done else ""
         bar.update(task, description=f"timing {title}{again}")
         for result in measure.results(op, case, tensors, fit, device, seconds, allowance=allowance, cold=not done):
