@@ -138,9 +138,9 @@ def _roofline(report: dict[str, Any], resource: str) -> bytes | None:
         axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(bottom, left * memory), top * 1.7))
         axes.set(xlabel=f"{words} per byte of memory traffic (count / B)", ylabel=f"{words} a second (1/s)")
         axes.text(right / 1.05, top * 1.06, f"{words}: {top:.3g} a second", fontsize=9, ha="right")
-        middle = (left * ridge) ** 0.5
-        axes.annotate(f"memory: {memory:.3g} B/s", (middle, middle * memory), (8, -4), textcoords="offset points",
-                      fontsize=9, va="top")  # fmt: skip
+        at = 0.6 * ridge
+        axes.annotate(f"memory: {memory:.3g} B/s", (at, at * memory), (-8, 6), textcoords="offset points", fontsize=9,
+                      ha="right")  # fmt: skip
         markers = dict(zip(("inference", "training", "backward"), "os^", strict=True))
         low, high = (math.log(y) for y in axes.get_ylim())
         column = max(x for _, x, *_ in points) * 1.6
@@ -300,7 +300,7 @@ def _legend(figure: Figure, grid: Any) -> None:
         for axes in row:
             handles, labels = axes.get_legend_handles_labels()
             found |= dict(zip(labels, handles, strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=8, frameon=False, fontsize=9)
 
 
 def _worth(need: dict[str, Any]) -> dict[str, float]:

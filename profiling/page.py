@@ -16,7 +16,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e6e3; --soft: #a8a5a0; --line: #3a3a3a; --rule: #777;
         --page: #191a1b; --card: #232425; --bad: #ff8a80; --link: #8ab4f8; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
-       max-width: 1180px; padding: 1.2rem; }
+       max-width: 1320px; padding: 1.2rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .2rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p, li { max-width: 75ch; } ul { padding-left: 1.2rem; } a { color: var(--link); }
@@ -199,17 +199,18 @@ def _headline(report: Report) -> str:
     peers = [p["name"] for p in report["peers"] if not p["missing"]]
     every = [(c, r) for c in report["cases"] for r in c["results"]]
     cold, joules = any("cold" in r for _, r in every), any(r.get("energy_j") for _, r in every)
-    head = ["case", "direction", "what ran", "time", "quartiles", *["cold"] * cold, "Gelem/s", "share of bound",
-            "bound by", *["nJ/element"] * joules, *(f"over {p}" for p in peers)]  # fmt: skip
+    head = ["case", "direction", "what ran", "time", "IQR", "n", *["cold"] * cold, "Gelem/s", "of bound", "bound by",
+            *["nJ/element"] * joules, *(f"over {p}" for p in peers)]  # fmt: skip
     rows = []
     for case in report["cases"]:
         for use in case["uses"]:
             need, first = case["uses"][use], "first"
             for r in timed(case, use):
                 gains = speed_ups(case, use, r["median_s"]) if r["kind"] == "backend" else {}
+                spread = f"{100 * (r['high_s'] - r['low_s']) / r['median_s']:.2g} %" if r["runs"] > 1 else ""
                 cells = [
                     case["title"], TITLES[use], r["runner"], seconds(r["median_s"]) + " †" * bool(r.get("disturbed")),
-                    span(r["low_s"], r["high_s"]),
+                    spread, str(r["runs"]),
                     *[seconds(r["cold"]["median_s"]) if "cold" in r else ""] * cold,
                     f"{need['elements'] / r['median_s'] / 1e9:.3g}", f"{100 * need['seconds'] / r['median_s']:.2g} %",
                     need["unit"],
@@ -223,11 +224,12 @@ def _headline(report: Report) -> str:
         alike.setdefault(c["about"], []).append(c["title"])
     about = "".join(f"<li><b>{escape(', '.join(titles))}</b>: {escape(words)}</li>" for words, titles in alike.items())
     return (
-        f"<h2 id=times>Times</h2><ul>{about}</ul><p>Medians, caches as warm as back-to-back calls make them; cold: the "
-        "last cache was read full before each call. Forward is the call without gradients; “forward, training” keeps "
-        "what the backward needs; backward is all gradients through autograd. An element is one channel at one time "
-        "step: batch x dim x length of them. “over X” is how many times faster than X. † The "
-        "measurement was disturbed, as <a href='#conditions'>below</a>.</p>" + _table(head, rows, 3, "Times")
+        f"<h2 id=times>Times</h2><ul>{about}</ul><p>Medians of n samples, with their interquartile range (IQR), "
+        "caches as warm as back-to-back calls make them; cold: the last cache was read full before each call. Forward "
+        "is the call without gradients; “forward, training” keeps what the backward needs; backward is all gradients "
+        "through autograd. An element is one channel at one time step: batch x dim x length of them. “over X” is how "
+        "many times faster than X. † The measurement was disturbed, as <a href='#conditions'>below</a>.</p>"
+        + _table(head, rows, 3, "Times")
     )
 
 
@@ -242,7 +244,7 @@ def _tuned(report: Report) -> str:
         "<h2 id=tuned>Choices</h2><p>The configuration that ran, and where it came from: tuned on this machine, "
         "shipped for this device or its architecture, or the backend’s own rule of thumb (heuristic). The gain is over "
         "that rule, timed side by side.</p>"
-        + _table(["case", "direction", "backend", "chosen", "gain", "configuration"], rows, 4, "Choices")
+        + _table(["case", "direction", "backend", "chosen", "gain", "configuration"], rows, 6, "Choices")
     )
 
 
@@ -336,26 +338,26 @@ def _figure8(report: Report) -> str:
 
 
 def _parts(report: Report) -> str:
-    rows = []
+    rows, without = [], []
     for part in report["parts"]:
         ours = {r["use"]: r["median_s"] for r in part["results"] if r["kind"] == "backend" and "median_s" in r}
         first = "first"
         for r in part["results"]:
             if "reason" in r:
-                cells = [r["runner"], "", r["reason"], "", ""]
-            else:
-                gain = f"{r['median_s'] / ours[r['use']]:.3g}x" if r["kind"] == "peer" and r["use"] in ours else ""
-                quartiles = span(r["low_s"], r["high_s"])
-                cells = [r["runner"], TITLES[r["use"]], seconds(r["median_s"]), quartiles, gain]
-            rows.append((first, [part["title"] if first else "", *cells]))
+                without.append(f"<li>{escape(part['part'])}, {escape(r['runner'])}: {escape(r['reason'])}</li>")
+                continue
+            gain = f"{r['median_s'] / ours[r['use']]:.3g}x" if r["kind"] == "peer" and r["use"] in ours else ""
+            cells = [part["title"] if first else "", r["runner"], TITLES[r["use"]], seconds(r["median_s"])]
+            rows.append((first, [*cells, span(r["low_s"], r["high_s"]), gain]))
             first = ""
-    if not rows:
+    if not report["parts"]:
         return ""
     return (
         "<h2 id=parts>The block and its parts</h2><p>What stands around the scan, with the same weights and inputs for "
         "everybody; who is far from our result gets no time. The convolution and the single step of this package are "
         "plain torch. The last column is how many times as long as ours.</p>"
         + _table(["", "who", "direction", "time", "quartiles", "over ours"], rows, 3, "The block and its parts")
+        + (f"<p>Without a time:</p><ul class=note>{''.join(without)}</ul>" if without else "")
     )
 
 

@@ -77,7 +77,7 @@ def load(path: Path) -> Report:
     if found.get("schema", 0) not in range(1, SCHEMA + 1):
         raise ValueError(f"{path}: expected schema 1 to {SCHEMA}, got {found.get('schema')}")
     # schema 1 had none of what is empty here, and measured every case once
-    report = empty() | found
+    report = empty() | found | {"schema": SCHEMA}
     for case in report["cases"]:
         case.setdefault("measured", 1)
     return report
