@@ -65,7 +65,7 @@ def between(records: list[dict[str, Any]]) -> float:
 
 def _cells(report: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
     return {
-        (case["title"], r["use"], r["runner"]): r
+        (case["name"], r["use"], r["runner"]): r | {"title": case["title"]}
         for case in report["cases"] for r in case["results"] if r["kind"] == "backend" and "median_s" in r
     }  # fmt: skip
 
@@ -82,11 +82,12 @@ def _cell(key: tuple[str, str, str], old: dict[str, Any], new: dict[str, Any], n
     ratio = math.log(new["median_s"] / old["median_s"])
     half = CONFIDENT * math.hypot(_error(old, noise), _error(new, noise))
     low, high = math.expm1(ratio - half), math.expm1(ratio + half)
-    throttled = [words for r in (old, new) for words in r.get("disturbed", ()) if "throttled" in words]
+    # a wide spread is in the interval already; what else disturbed a measurement is not
+    disturbed = [w for r in (old, new) for w in r.get("disturbed", ()) if not w.startswith("quartiles")]
     few = min(old["runs"], new["runs"]) < 3
     why = ""
-    if throttled or few:
-        verdict, why = AMBIGUOUS, throttled[0] if throttled else "fewer than three samples"
+    if disturbed or few:
+        verdict, why = AMBIGUOUS, disturbed[0] if disturbed else "fewer than three samples"
     elif low > MATTERS:
         verdict = SLOW
     elif high < -MATTERS:
@@ -95,4 +96,4 @@ def _cell(key: tuple[str, str, str], old: dict[str, Any], new: dict[str, Any], n
         verdict = SAME
     else:
         verdict, why = AMBIGUOUS, f"a change of {100 * TOLERATED:.0f} % cannot be ruled out"
-    return Cell(*key, old["median_s"], new["median_s"], math.expm1(ratio), low, high, verdict, why)
+    return Cell(old["title"], *key[1:], old["median_s"], new["median_s"], math.expm1(ratio), low, high, verdict, why)

@@ -200,7 +200,7 @@ def _headline(report: Report) -> str:
     every = [(c, r) for c in report["cases"] for r in c["results"]]
     cold, joules = any("cold" in r for _, r in every), any(r.get("energy_j") for _, r in every)
     head = ["case", "direction", "what ran", "time", "IQR", "n", *["cold"] * cold, "Gelem/s", "of bound", "bound by",
-            *["nJ/element"] * joules, *(f"over {p}" for p in peers)]  # fmt: skip
+            *["uJ/token"] * joules, *(f"over {p}" for p in peers)]  # fmt: skip
     rows = []
     for case in report["cases"]:
         for use in case["uses"]:
@@ -214,7 +214,7 @@ def _headline(report: Report) -> str:
                     *[seconds(r["cold"]["median_s"]) if "cold" in r else ""] * cold,
                     f"{need['elements'] / r['median_s'] / 1e9:.3g}", f"{100 * need['seconds'] / r['median_s']:.2g} %",
                     need["unit"],
-                    *[f"{1e9 * r['energy_j'] / need['elements']:.3g}" if r.get("energy_j") else ""] * joules,
+                    *[f"{1e6 * r['energy_j'] / case['tokens']:.3g}" if r.get("energy_j") else ""] * joules,
                     *(f"{gains[p]:.3g}x" if p in gains else "" for p in peers),
                 ]  # fmt: skip
                 rows.append((" ".join([first, "peer" * (r["kind"] == "peer")]).strip(), cells))
@@ -228,7 +228,9 @@ def _headline(report: Report) -> str:
         "caches as warm as back-to-back calls make them; cold: the last cache was read full before each call. Forward "
         "is the call without gradients; “forward, training” keeps what the backward needs; backward is all gradients "
         "through autograd. An element is one channel at one time step: batch x dim x length of them. “over X” is how "
-        "many times faster than X. † The measurement was disturbed, as <a href='#conditions'>below</a>.</p>"
+        "many times faster than X. † The measurement was disturbed, as <a href='#conditions'>below</a>."
+        + " Energy is that of the whole GPU, for each of batch x length tokens." * joules
+        + "</p>"
         + _table(head, rows, 3, "Times")
     )
 
@@ -269,12 +271,12 @@ def _gate(report: Report) -> str:
 def _bounds(report: Report) -> str:
     resources = list(dict.fromkeys(k for c in report["cases"] for n in c["uses"].values() for k in n["needs"]))
     head = ["case", "direction", *(f"{NAMES.get(k, k)}: count" for k in resources),
-            *(f"{NAMES.get(k, k)}: alone" for k in resources), "bound", "bound by"]  # fmt: skip
+            *(f"{NAMES.get(k, k)}: alone" for k in resources), "bound", "bound by", "bound, cold"]  # fmt: skip
     rows = [
         ("", [case["title"], TITLES[use],
               *(f"{n['counts'][k]:.4g}" if k in n["counts"] else "" for k in resources),
               *(seconds(n["needs"][k]) if k in n["needs"] else "" for k in resources),
-              seconds(n["seconds"]), n["unit"]])
+              seconds(n["seconds"]), n["unit"], seconds(n.get("cold_s", n["seconds"]))])
         for case in report["cases"] for use, n in case["uses"].items()
     ]  # fmt: skip
     formulas = report["formulas"] or {

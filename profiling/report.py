@@ -7,7 +7,7 @@ A report is plain data (what JSON holds), ``SCHEMA`` 2:
     formulas    resource -> how it is counted            peers        each {name, what, version, missing}
     gate        backend -> {cases, failed, skipped, shares}; shares: how many tensors used 0 to 5 %, 5 to 10 % ... of
                 what the gate allows, and last how many more than all
-    cases       each {name, title, about, measured, uses, results, check}, with
+    cases       each {name, title, about, tokens, measured, uses, results, check}, with
         uses      use -> {elements, counts, seconds, unit, needs, units, cold_s}: what the problem needs, its bounds
         results   each {runner, kind, use} with a reason, or fields of a ``Timing`` and, where known, passes (medians of
                   several measurements), cold (another timing), energy_j, config, chosen, untuned_s, difference

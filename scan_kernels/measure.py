@@ -27,6 +27,7 @@ from .profiling.device import Device
 
 USES = ("inference", "backward", "training")
 COLD = 0.5  # of the seconds of a measurement go to one with cold caches, too
+SLOW = 1.0  # times those seconds: a call that takes longer is neither timed cold nor a second time
 # how far a peer's result may be from ours, in norm, and still count as the same computation
 AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 
@@ -167,8 +168,7 @@ def results(
         light = [r for r in runners if not (reasons[r.name] or r.alone)]
         untuned = _untuned(op, problem, light, device)
         timings |= _time(op, tensors, [*light, *untuned], use, device, seconds)
-        # one that takes longer than the whole measurement should: a cold cache is not what makes it slow
-        quick = [r for r in light if isinstance(t := timings[r.name], timer.Timing) and t.median_s < seconds]
+        quick = [r for r in light if isinstance(t := timings[r.name], timer.Timing) and t.median_s < SLOW * seconds]
         colds = _time(op, tensors, quick, use, device, COLD * seconds, cold=True) if cold else {}
         for r in (r for r in runners if reasons[r.name] is None and r.alone):
             if allowance.left <= 0:

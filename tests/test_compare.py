@@ -35,7 +35,7 @@ def simulated(random, noise, factor=lambda cell: 1.0):
             {"runner": "cuda", "kind": "backend", "use": "inference"}
             | dataclasses.asdict(sampled(random, true_s, noise)) for _ in range(2)
         ]  # fmt: skip
-        cases.append({"title": f"case {cell}", "results": [measure.merged(*records)]})
+        cases.append({"name": f"{cell}", "title": f"case {cell}", "results": [measure.merged(*records)]})
     return {"device": {"name": "simulated"}, "date": "2026-11-25", "cases": cases}
 
 
@@ -81,7 +81,7 @@ def pair(**changes):
     record = {"runner": "cuda", "kind": "backend", "use": "backward", "median_s": 1e-3, "low_s": 0.999e-3,
               "high_s": 1.001e-3, "runs": 30, "error_s": 1e-6, "disturbed": [],
               "passes": [1e-3, 1.0002e-3]}  # fmt: skip
-    made = [{"device": {"name": "one"}, "date": "2026", "cases": [{"title": "c", "results": [r]}]}
+    made = [{"device": {"name": "one"}, "date": "2026", "cases": [{"name": "c", "title": "c", "results": [r]}]}
             for r in (record, record | changes)]  # fmt: skip
     return made
 
@@ -94,7 +94,11 @@ def test_verdicts_come_from_the_interval():
         assert cell.change == pytest.approx(change - 1)
 
 
-def test_a_throttled_time_or_too_few_samples_tell_nothing():
+def test_a_disturbed_time_or_too_few_samples_tell_nothing():
+    (cell,) = compare.compare(*pair(median_s=2e-3, disturbed=["quartiles 12 % apart"]))
+    assert cell.verdict == SLOW  # what the interval says already
+    (cell,) = compare.compare(*pair(median_s=2e-3, disturbed=["other processes took 50 % of the cores"]))
+    assert cell.verdict == AMBIGUOUS
     (cell,) = compare.compare(*pair(median_s=2e-3, disturbed=["throttled: power cap"]))
     assert (cell.verdict, cell.why) == (AMBIGUOUS, "throttled: power cap")
     (cell,) = compare.compare(*pair(median_s=2e-3, runs=1))

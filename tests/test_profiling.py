@@ -315,6 +315,24 @@ def test_this_cpu_tells_its_load():
     assert 0 <= seen.others <= 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_a_cold_cache_clocks_and_a_counter_of_energy():
+    device = describe("cuda")
+    x = torch.randn(device.l2_bytes // 4 // 4, device="cuda")  # a quarter of L2
+    y = torch.empty_like(x)
+    warm, cold = (timer.measure(lambda: y.copy_(x), device, seconds=0.1, cold=c) for c in (False, True))
+    assert cold.median_s > 1.2 * warm.median_s
+    assert "flushed" in cold.method
+    if readings.nvml(device.index) is None:
+        pytest.skip("NVML does not answer")
+    assert warm.conditions.source == "NVML"
+    assert warm.conditions.sm_mhz[1] > 100
+    if readings.energy(device) is not None:
+        used = timer.energy(lambda: y.copy_(x), device, seconds=0.5)
+        assert 10 < used / warm.median_s < 1500  # watts
+
+
 # ---- ceilings and roofline -----------------------------------------------------------------------------------
 
 
@@ -863,7 +881,7 @@ def small_report() -> report.Report:
         "peers": [{"name": "theirs", "what": "x", "version": "1", "missing": None},
                   {"name": "absent", "what": "y", "version": "", "missing": "not installed"}],
         "cases": [{
-            "name": "one", "title": "1x10x100", "about": "random", "measured": 2,
+            "name": "one", "title": "1x10x100", "about": "random", "measured": 2, "tokens": 100,
             "uses": {"inference": need, "backward": need},
             "results": [result("ours", "backend", "inference", 4e-3, **ours),
                         result("theirs", "peer", "inference", 8e-2),
@@ -918,7 +936,7 @@ def test_a_page_is_rendered_from_json_alone_and_fetches_nothing(tmp_path):
     # 1000 elements in 4 ms; cold 6 ms; half of the bound; 2 mJ; 80 ms / 4 ms over the peer
     first = seen.cells.index("4 ms †")
     assert seen.cells[first + 1 : first + 9] == [
-        "20 %", "9", "6 ms", "0.00025", "50 %", "vector", "2e+03", "20x",
+        "20 %", "9", "6 ms", "0.00025", "50 %", "vector", "20", "20x",
     ]  # fmt: skip
     for words in (
         "A &lt;fast&gt; CPU", "2 of 9 FAILED", "takes minutes", "not installed", "one for each &amp; every state",
@@ -1132,10 +1150,14 @@ def small_world(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "FIGURE", {"cpu": sweep.Axis("length", 8, 32, dim=64)})
     monkeypatch.setattr(sweep, "SECONDS", 0.005)
     monkeypatch.setattr(parts, "SIZES", {"cpu": (1, 8, 16)})
+    monkeypatch.setattr(measure, "SLOW", 1e3)  # nothing is slow here, however busy the machine
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two of them wait for each other for milliseconds where the cores are busy
     path = tmp_path / "words"
     path.write_text("to be or not to be")
     out = tmp_path / "out"
-    return ["report", "--device", "cpu", "--text", str(path), "--seconds", "0.01", "--out", str(out)], out / CPU.slug
+    yield ["report", "--device", "cpu", "--text", str(path), "--seconds", "0.05", "--out", str(out)], out / CPU.slug
+    torch.set_num_threads(threads)
 
 
 def test_report_times_what_passed_its_gate_and_nothing_else(small_world, capsys):
@@ -1234,3 +1256,16 @@ def test_the_papers_picture_is_added_to_the_report_and_kept_by_the_next(small_wo
     made = json.loads((folder / "report.json").read_text())
     assert made["figure8"]["points"] == points
     assert "attention" in (folder / "report.html").read_text()
+
+
+def test_a_report_may_be_compared_with_the_one_before(small_world, tmp_path, capsys):
+    arguments, folder = small_world
+    main(arguments)
+    before = tmp_path / "before.json"
+    before.write_bytes((folder / "report.json").read_bytes())
+    assert main([*arguments, "--compare", str(before)]) == 1  # as without: one gate is red
+    said = capsys.readouterr().out
+    counts = re.search(r"(\d+) FAST, (\d+) SAME, (\d+) SLOW, (\d+) AMBIGUOUS", said)
+    assert sum(map(int, counts.groups())) == 3 * 3  # cases, uses
+    assert main(["report", "--from", str(before), "--out", str(tmp_path / "drawn")]) == 0
+    assert (tmp_path / "drawn" / CPU.slug / "report.html").is_file()

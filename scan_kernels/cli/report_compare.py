@@ -98,7 +98,7 @@ def self_check(device: Device, seconds: float, root: Path, about: dict[str, str]
     for run, record in zip(runs, records, strict=True):
         for (case, *_), r in record.items():
             if r["median_s"] < SLOW_S:
-                run["cases"].append({"title": case, "results": [r]})
+                run["cases"].append({"name": case, "title": case, "results": [r]})
     found: dict[str, list[Any]] = {"same": [], "planted": []}
     for i in range(0, len(runs), len(kinds)):
         found["same"] += compare.compare(runs[i], runs[i + 1])

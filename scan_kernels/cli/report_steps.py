@@ -151,13 +151,14 @@ def _cases(
             continue
         tensors = activations if real else case.make(device.torch)
         made: dict[str, Any] = known or {"name": case.name, "title": title, "about": about, "results": []}
+        made["tokens"] = case.batch * case.length
         made["uses"] = {u: measure.bounds(case.used(u, device.kind), ceilings(device)) for u in measure.USES}
         if real and "check" not in made:
             bar.update(task, description="checking the text's activations")
             made["check"] = _checked(op, case, tensors, [r.name for r in runners if r.kind == "backend"], check)
         fit = [r for r in runners if made.get("check", {}).get(r.name, {"ok": True})["ok"]]
         results = {(r["runner"], r["use"]): r for r in made["results"]}
-        slow = {name for (name, _), r in results.items() if r.get("median_s", 0.0) > seconds}
+        slow = {name for (name, _), r in results.items() if r.get("median_s", 0.0) > measure.SLOW * seconds}
         fit = [r for r in fit if r.name not in slow]
         again = f", again ({done + 1} of {PASSES})" if done else ""
         bar.update(task, description=f"timing {title}{again}")
