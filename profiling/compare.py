@@ -14,7 +14,9 @@ import statistics
 from typing import Any
 
 FAST, SAME, SLOW, AMBIGUOUS = "FAST", "SAME", "SLOW", "AMBIGUOUS"
-CONFIDENT = 2.24  # standard errors on either side: 1 of 40 cells lies outside by chance
+# Standard errors on either side: 1 of 100 cells lies outside by chance, which leaves room for what all measurements of
+# a run share, and their passes do not show.
+CONFIDENT = 2.58
 MATTERS = 0.005  # relative: a difference that is surely there, but smaller, is nobody's concern
 TOLERATED = 0.03  # a change of this size would have been seen, or the cell is ambiguous
 LEAST_NOISE = 0.002  # relative: what two measurements differ by at least, however alike the passes were
