@@ -32,7 +32,7 @@ TITLES = {"inference": "forward", "training": "forward, training", "backward": "
           "step": "forward + backward"}  # fmt: skip
 COUNTED = {"exps": "exponentials", "flops": "floating-point operations"}  # that there is a roofline of
 AVOIDABLE = ("shuffles", "shared")  # as in roofline.py
-WORTH = 0.01  # of the bound: what needs less is left out of the picture of needs
+WORTH = 0.05  # of the bound: what needs less is left out of the picture of needs
 
 
 def timed(case: dict[str, Any], use: str) -> list[dict[str, Any]]:

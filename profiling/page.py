@@ -49,7 +49,7 @@ WORDS = {
                   "The time that each resource alone would need, beside the time of the fastest backend. The busiest "
                   "unit is the bound; the nearer the first bar is to it, the less there is to gain. Hatched: what a "
                   "kernel needs less of the more channels it gives a lane, and which is never the bound. What needs "
-                  "less than a hundredth of the bound is left out."),
+                  "less than a twentieth of the bound is left out."),
     "roofline.png": ("Roofline over exponentials",
                      "A scan computes one exponential for each state and step, so exponentials bind it before "
                      "arithmetic does, and the classic picture hides it. One point for each case and direction, the "

@@ -110,7 +110,8 @@ class Problem:
 
         Forward, a state and step: Δ*A, its exponential, Δu*B, h, y: 5. Backward: all but y again (4), then G, dB, dC,
         the sums of G*B, g, two for dΔ, dA: 12, with y for dz: 13. Each element: u, Δ in, Δu, out, and what D (1),
-        delta_bias (1), softplus (6) and the gate (5) take; backward twice that.
+        delta_bias (1), softplus (6) and the gate (5) take; backward twice that. Tensor cores, which could take over
+        products and sums, are not counted on.
         """
         forward = self.direction == "forward"
         per_state = 5 if forward else 12 + self.has_z
