@@ -387,6 +387,8 @@ def _conditions(report: Report) -> str:
         else [("Share of the cores that other processes took",
                f"{100 * min(c['others'] for c in every):.0f} to {100 * max(c['others'] for c in every):.0f} %")]
     )  # fmt: skip
+    aside = sum("set_aside" in r for c in report["cases"] for r in c["results"])
+    again = f"<p>{aside} more were disturbed once and not the other time, which counts.</p>" if aside else ""
     clean = "<p>No measurement was disturbed: no throttling, no falling clock, no other load, no wide spread.</p>"
     return (
         f"{heading}<p>Read through {escape(every[0]['source'])} during each measurement.</p>"
@@ -397,6 +399,7 @@ def _conditions(report: Report) -> str:
             if said
             else clean
         )
+        + again
     )
 
 

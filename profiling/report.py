@@ -10,7 +10,8 @@ A report is plain data (what JSON holds), ``SCHEMA`` 2:
     cases       each {name, title, about, tokens, measured, uses, results, check}, with
         uses      use -> {elements, counts, seconds, unit, needs, units, cold_s}: what the problem needs, its bounds
         results   each {runner, kind, use} with a reason, or fields of a ``Timing`` and, where known, passes (medians of
-                  several measurements), cold (another timing), energy_j, config, chosen, untuned_s, difference
+                  several measurements), set_aside (one that was disturbed), cold (another timing), energy_j,
+                  config, chosen, untuned_s, difference
     sweeps      each {axis, title, points}; a point {size, uses, results}, or {size, reason}
     parts       each {part, title, results}: the block, the convolution, a single step
     counters    {read, why, rows}; a row {case, use, backend, resource, counted, read, exact, agrees}

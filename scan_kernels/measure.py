@@ -206,10 +206,17 @@ def results(
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """One record of two of the same call at different times: means, and ``passes``, the median of each time.
 
-    How far apart those are tells what the spread within one measurement does not.
+    How far apart those are tells what the spread within one measurement does not. If only one of them was disturbed,
+    the other counts, and the disturbed one is named in ``set_aside``.
     """
     if "median_s" not in first or "median_s" not in second:
         return second if "median_s" in second else first
+    if bool(first["disturbed"]) != bool(second["disturbed"]):
+        aside = first if first["disturbed"] else second
+        # of the first, what the second has not: cold caches
+        return (first | second if aside is first else first) | {
+            "set_aside": {"median_s": aside["median_s"], "disturbed": list(aside["disturbed"])}
+        }
     found = first | {"runs": first["runs"] + second["runs"]}
     found["passes"] = [*first.get("passes", [first["median_s"]]), second["median_s"]]
     earlier = len(found["passes"]) - 1

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..op import Op
     from ..profiling.device import Device
 
-SECONDS, PEER_SECONDS = 0.2, 30.0
+SECONDS, PEER_SECONDS = 0.2, 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
