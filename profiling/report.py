@@ -1,58 +1,54 @@
-"""From a report's records to a page, pictures and an index. Needs no device: report.json is enough.
+"""A report's records, and what is made of them: files, pictures and the index. Needs no device: report.json is enough.
 
-A report is plain data (what JSON holds):
+A report is plain data (what JSON holds), ``SCHEMA`` 2:
 
     device      fields of ``Device`` and its slug        date, command, seconds, complete
-    ceilings    fields of every ``Ceiling``              versions     package -> version
-    gate        backend -> {cases, failed, skipped}      peers        name, what, version, missing
-    cases       each {name, title, about, uses, results}, with
-        uses      use -> {elements, counts, seconds, unit, needs, units}: what the problem needs, and its bound
-        results   each {runner, kind, use} with a timing (median_s, low_s, high_s, runs, method), or a reason
+    ceilings    fields of every ``Ceiling``              versions, sources     package -> version, op -> hash
+    formulas    resource -> how it is counted            peers        each {name, what, version, missing}
+    gate        backend -> {cases, failed, skipped, shares}; shares: how many tensors used 0 to 5 %, 5 to 10 % ... of
+                what the gate allows, and last how many more than all
+    cases       each {name, title, about, tokens, measured, uses, results, check}, with
+        uses      use -> {elements, counts, seconds, unit, needs, units, cold_s}: what the problem needs, its bounds
+        results   each {runner, kind, use} with a reason, or fields of a ``Timing`` and, where known, passes (medians of
+                  several measurements), set_aside (one that was disturbed), cold (another timing), energy_j,
+                  config, chosen, untuned_s, difference
+    sweeps      each {axis, title, points}; a point {size, uses, results}, or {size, reason}
+    parts       each {part, title, results}: the block, the convolution, a single step
+    counters    {read, why, rows}; a row {case, use, backend, resource, counted, read, exact, agrees}
+    figure8     None, or {title, date, command, points, operations, peers}
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import tempfile
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import charts
-from .charts import NAMES, TITLES, timed
+from . import charts, page
+from .charts import TITLES, timed
+from .page import seconds, speed_ups
+
+__all__ = ["PICTURES", "SCHEMA", "empty", "index", "load", "render", "save", "seconds", "speed_ups", "write"]
 
 Report = dict[str, Any]
+SCHEMA = 2
+SHARES = 20  # parts of its allowance that a tensor's error is counted in
 PICTURES = {
-    "speed.png": (charts.speed, "Speed",
-                  "The dashed line is the bound: what this device could do if its busiest unit never waited. "
-                  "Grey bars are other implementations on the same inputs."),
-    "needs.png": (charts.needs, "What binds",
-                  "The time that each resource alone would need, beside the time of the fastest backend. "
-                  "The busiest unit is the bound; the nearer the first bar is to it, the less there is to gain."),
-    "roofline.png": (charts.roofline, "Roofline over exponentials",
-                     "A scan computes one exponential for each state and step, so exponentials bind it before "
-                     "arithmetic does: the roofline is drawn over exponentials per byte, one point a backend and case. "
-                     "Where a CPU computes exponentials with its arithmetic units, the arithmetic besides them keeps "
-                     "points below the roof."),
+    "speed.png": charts.speed, "needs.png": charts.needs, "roofline.png": charts.roofline,
+    "roofline-classic.png": charts.classic, "scaling.png": charts.scaling, "memory.png": charts.memory,
+    "figure8.png": charts.figure8, "errors.png": charts.errors,
 }  # fmt: skip
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0 auto; max-width: 1180px;
-       padding: 1.2rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-p { max-width: 75ch; } img { width: 100%; height: auto; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { border-bottom: 2px solid #888; font-weight: 600; } td.t, th.t { text-align: left; }
-.prose td { white-space: normal; } tr.peer td { color: #595959; } tr.first td { border-top: 2px solid #888; }
-.card { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: .4rem 1.5rem; padding: 1rem;
-        border: 1px solid #ccc; border-radius: 6px; }
-.card b { display: block; font-size: .8rem; color: #595959; font-weight: 600; }
-.bad, .bad td { color: #a4262c; font-weight: 600; }
-code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }
-@media print { body { font-size: 11px; max-width: none; } h2 { break-after: avoid; } img { break-inside: avoid; } }
-"""
+
+
+def empty() -> Report:
+    """A report of nothing, which has everything that a reader may ask for."""
+    return {
+        "schema": SCHEMA, "command": "", "date": "", "seconds": 0.0, "complete": False, "device": {}, "ceilings": [],
+        "versions": {}, "sources": {}, "formulas": {}, "gate": {}, "peers": [], "cases": [], "sweeps": [], "parts": [],
+        "counters": {}, "figure8": None,
+    }  # fmt: skip
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -69,6 +65,25 @@ def write(path: Path, content: str | bytes) -> None:
         raise
 
 
+def load(path: Path) -> Report:
+    """Read a report.json, of this schema or an older one. Errors: ValueError, in one line, if it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror or e}") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: expected a report.json, got no JSON: {e}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("device"), dict) or "cases" not in found:
+        raise ValueError(f"{path}: expected a report.json, got JSON without a device and cases")
+    if found.get("schema", 0) not in range(1, SCHEMA + 1):
+        raise ValueError(f"{path}: expected schema 1 to {SCHEMA}, got {found.get('schema')}")
+    # schema 1 had none of what is empty here, and measured every case once
+    report = empty() | found | {"schema": SCHEMA}
+    for case in report["cases"]:
+        case.setdefault("measured", 1)
+    return report
+
+
 def save(report: Report, folder: Path) -> None:
     """Write report.json."""
     write(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -77,17 +92,15 @@ def save(report: Report, folder: Path) -> None:
 def render(report: Report, folder: Path) -> Path:
     """Write report.html, which holds its pictures and fetches nothing, and the pictures as files beside it."""
     pictures = {}
-    counted = {c["resource"] for c in report["ceilings"]}
-    ours = any(r["kind"] == "backend" and "median_s" in r for case in report["cases"] for r in case["results"])
-    for name, (draw, *_) in PICTURES.items():
-        if ours and (name != "roofline.png" or counted >= {"bytes", "exps"}):
-            pictures[name] = draw(report)
-            write(folder / name, pictures[name])
+    for name, draw in PICTURES.items():
+        if (drawn := draw(report)) is not None:
+            pictures[name] = drawn
+            write(folder / name, drawn)
         else:
             (folder / name).unlink(missing_ok=True)
-    page = folder / "report.html"
-    write(page, _page(report, pictures))
-    return page
+    path = folder / "report.html"
+    write(path, page.html(report, pictures))
+    return path
 
 
 def index(root: Path) -> Path:
@@ -98,7 +111,7 @@ def index(root: Path) -> Path:
         "here and this page; `python -m scan_kernels check --record` writes check.json.\n",
     ]
     for file in sorted(root.glob("*/report.json")):
-        report, slug = json.loads(file.read_text()), file.parent.name
+        report, slug = load(file), file.parent.name
         links = [
             f"[{n}]({slug}/{n})" for n in ("report.html", "report.json", "check.json") if (file.parent / n).is_file()
         ]
@@ -107,22 +120,14 @@ def index(root: Path) -> Path:
             f"{report['date'][:10]}, `{report['command']}`. {' · '.join(links)}\n",
             _markdown(report),
         ]
-        if (file.parent / "speed.png").is_file():
-            parts.append(f"![Speed of every backend and peer on {report['device']['name']}]({slug}/speed.png)\n")
+        shown = {
+            "speed.png": f"Speed of every backend and peer on {report['device']['name']}, beside the bound",
+            "figure8.png": f"Time of a scan, attention and a convolution against length on {report['device']['name']}",
+        }
+        parts += [f"![{words}]({slug}/{n})\n" for n, words in shown.items() if (file.parent / n).is_file()]
     path = root / "README.md"
     write(path, "\n".join(parts))
     return path
-
-
-def seconds(s: float) -> str:
-    """A time with its unit: "49.5 us"."""
-    unit, scale = next(((u, k) for u, k in (("s", 1.0), ("ms", 1e-3)) if s >= k), ("us", 1e-6))
-    return f"{s / scale:.4g} {unit}"
-
-
-def speed_ups(case: dict[str, Any], use: str, median_s: float) -> dict[str, float]:
-    """How many times faster than each peer that was timed in the same use."""
-    return {r["runner"]: r["median_s"] / median_s for r in timed(case, use) if r["kind"] == "peer"}
 
 
 def _markdown(report: Report) -> str:
@@ -151,135 +156,3 @@ def _markdown(report: Report) -> str:
                 need["unit"], *(f"{gains[p]:.3g}x" if p in gains else "" for p in peers),
             ])  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-# ---- the page ------------------------------------------------------------------------------------------------
-
-
-def _page(report: Report, pictures: dict[str, bytes]) -> str:
-    title = f"Selective scan on {report['device']['name']}"
-    unfinished = "" if report["complete"] else "<p class=bad>Interrupted: what was done until then.</p>"
-    body = [f"<h1>{escape(title)}</h1>", unfinished, _card(report), _headline(report)]
-    for name, content in pictures.items():
-        _, heading, words = PICTURES[name]
-        data = base64.b64encode(content).decode()
-        alt = escape(f"{heading}: the figures stand in the table above")
-        body.append(f"<h2>{heading}</h2><p>{words}</p><img alt='{alt}' src='data:image/png;base64,{data}'>")
-    body += [_gate(report), _bounds(report), _left_out(report), _environment(report)]
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
-    )
-
-
-def _table(head: list[str], rows: list[tuple[str, list[str]]], text: int = 1) -> str:
-    """A table; each row is (class, cells); the first ``text`` columns hold words."""
-
-    def line(tag: str, cells: list[str], kind: str = "") -> str:
-        inner = "".join(f"<{tag}{' class=t' if i < text else ''}>{escape(c)}</{tag}>" for i, c in enumerate(cells))
-        return f"<tr class='{kind}'>{inner}</tr>"
-
-    lines = "".join(line("td", cells, kind) for kind, cells in rows)
-    return f"<div class=scroll><table><thead>{line('th', head)}</thead><tbody>{lines}</tbody></table></div>"
-
-
-def _card(report: Report) -> str:
-    d = report["device"]
-    units = "multiprocessors" if d["kind"] == "cuda" else "cores"
-    facts = {
-        "Device": f"{d['name']}, {d['arch']}",
-        "Size": f"{d['units']} {units}, {d['memory_bytes'] / 2**30:.0f} GiB",
-    }
-    for c in report["ceilings"]:
-        unit = "B/s" if c["resource"] == "bytes" else "/s"
-        facts[f"Ceiling: {NAMES.get(c['resource'], c['resource'])}"] = f"{c['per_second']:.3g} {unit} ({c['source']})"
-    facts["Measured"] = report["date"]
-    return (
-        "<div class=card>" + "".join(f"<div><b>{escape(k)}</b>{escape(v)}</div>" for k, v in facts.items()) + "</div>"
-    )
-
-
-def _headline(report: Report) -> str:
-    peers = [p["name"] for p in report["peers"] if not p["missing"]]
-    head = ["case", "direction", "what ran", "time", "quartiles", "Gelem/s", "share of bound", "bound by",
-            *(f"over {p}" for p in peers)]  # fmt: skip
-    rows = []
-    for case in report["cases"]:
-        for use in case["uses"]:
-            need, first = case["uses"][use], "first"
-            for r in timed(case, use):
-                gains = speed_ups(case, use, r["median_s"]) if r["kind"] == "backend" else {}
-                cells = [
-                    case["title"], TITLES[use], r["runner"], seconds(r["median_s"]),
-                    f"{seconds(r['low_s'])} to {seconds(r['high_s'])}",
-                    f"{need['elements'] / r['median_s'] / 1e9:.3g}", f"{100 * need['seconds'] / r['median_s']:.2g} %",
-                    need["unit"], *(f"{gains[p]:.3g}x" if p in gains else "" for p in peers),
-                ]  # fmt: skip
-                rows.append((" ".join([first, "peer" * (r["kind"] == "peer")]).strip(), cells))
-                first = ""
-    about = "".join(f"<li><b>{escape(c['title'])}</b>: {escape(c['about'])}</li>" for c in report["cases"])
-    return (
-        f"<h2>Times</h2><ul>{about}</ul><p>Medians. Forward is the call without gradients; “forward, training” keeps "
-        "what the backward needs; backward is all gradients through autograd. An element is one channel at one time "
-        "step: batch x dim x length of them. “over X” is how many times faster than X.</p>" + _table(head, rows, 3)
-    )
-
-
-def _gate(report: Report) -> str:
-    rows = []
-    for name, g in report["gate"].items():
-        verdict = g["skipped"] or (f"{g['failed']} of {g['cases']} FAILED" if g["failed"] else f"{g['cases']} passed")
-        rows.append(("bad" if g["failed"] else "", [name, verdict]))
-    for case in report["cases"]:
-        for name, c in case.get("check", {}).items():
-            words = "within its allowance" if c["ok"] else "FAILED"
-            rows.append(("", [name, f"{case['title']}: {words}; worst tensor {c['tensor']}, error {c['error']}, "
-                                    f"allowed {c['allowance']}"]))  # fmt: skip
-    return (
-        "<h2>Correctness gate</h2><p>Every backend ran every case against a float64 reference before it was timed: "
-        "values and all gradients, each tensor and each (batch, channel) row within twice the error of plain PyTorch "
-        "in the same dtype. A backend that failed has no times here.</p>" + _table(["backend", "result"], rows, 2)
-    )
-
-
-def _bounds(report: Report) -> str:
-    resources = list(dict.fromkeys(k for c in report["cases"] for n in c["uses"].values() for k in n["needs"]))
-    head = ["case", "direction", *(f"{NAMES.get(k, k)}: count" for k in resources),
-            *(f"{NAMES.get(k, k)}: alone" for k in resources), "bound", "bound by"]  # fmt: skip
-    rows = [
-        ("", [case["title"], TITLES[use], *(f"{n['counts'][k]:.4g}" for k in resources),
-              *(seconds(n["needs"][k]) for k in resources), seconds(n["seconds"]), n["unit"]])
-        for case in report["cases"] for use, n in case["uses"].items()
-    ]  # fmt: skip
-    return (
-        "<h2>How the bound is counted</h2><p>Memory: each input read once, each output written once, in bytes. "
-        "Exponentials: one for each state and step, with those of softplus and of the gate. Arithmetic: "
-        "multiplications and additions of the recurrence, an FMA counts 2. A resource alone needs count / ceiling; "
-        "resources that share a unit add up; the busiest unit is the bound. Counted, not read from hardware "
-        "counters.</p>" + _table(head, rows, 2)
-    )
-
-
-def _left_out(report: Report) -> str:
-    rows = [("", [p["name"], p["what"], p["version"], p["missing"] or "timed"]) for p in report["peers"]]
-    peers = _table(["peer", "what is called", "version", ""], rows, 4)
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for case in report["cases"]:
-        for r in case["results"]:
-            if "reason" in r:
-                reasons.setdefault((r["runner"], r["reason"]), []).append(f"{case['title']} {TITLES[r['use']]}")
-    left = [("", [name, "; ".join(dict.fromkeys(where)), reason]) for (name, reason), where in reasons.items()]
-    return f"<h2>Peers</h2>{peers}" + (
-        f"<h2>Not timed, and why</h2><div class=prose>{_table(['what', 'where', 'why'], left, 3)}</div>" if left else ""
-    )
-
-
-def _environment(report: Report) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    methods = sorted({r["method"].split(",")[0] for c in report["cases"] for r in c["results"] if "method" in r})
-    return (
-        f"<h2>Environment</h2><p>Command: <code>{escape(report['command'])}</code></p><p>{escape(versions)}</p>"
-        f"<p>Timed by {escape(', '.join(methods) or 'nothing')}, about {report['seconds']:g} s a measurement, backends "
-        "in interleaved rounds on warm caches; implementations that fill the memory run by themselves. "
-        "All figures stand in report.json.</p>"
-    )

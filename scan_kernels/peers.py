@@ -101,6 +101,33 @@ def _mambapy(op: Op) -> Callable[..., Tensor]:
     return scan
 
 
+def _associative(op: Op) -> Callable[..., Tensor]:
+    import torch
+    from torch._higher_order_ops import associative_scan
+
+    def combine(earlier, later):
+        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+
+    def whole(u, delta, A, B, C, D, z, delta_bias, delta_softplus, mode):
+        delta = delta.float() if delta_bias is None else delta.float() + delta_bias[:, None]
+        delta = F.softplus(delta) if delta_softplus else delta
+        B, C = (t.squeeze(1).float().transpose(1, 2)[:, None] for t in (B, C))
+        decays, inputs = torch.exp(delta[..., None] * A[:, None]), (delta * u)[..., None] * B
+        h = associative_scan(combine, (decays, inputs), dim=2, combine_mode=mode)[1]
+        y = (h * C).sum(-1)
+        y = y if D is None else y + D[:, None] * u
+        return (y if z is None else y * F.silu(z)).to(u.dtype)
+
+    compiled = torch.compile(whole)
+
+    def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, **_: Any) -> Tensor:
+        # the mode that makes one kernel needs a GPU and the compiler; on a CPU compiling takes longer than it saves
+        run, mode = (compiled, "pointwise") if u.is_cuda else (whole, "generic")
+        return run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, mode)
+
+    return scan
+
+
 def _plain(op: Op) -> Callable[..., Tensor]:
     def scan(**arguments: Any) -> Tensor:
         return op.cases.plain(**arguments)
@@ -114,6 +141,8 @@ PEERS = (
          materialises=True),
     Peer("transformers", "transformers' fallback, a loop in PyTorch: mamba_selective_scan", "transformers",
          _transformers, loop_states=2, materialises=True),
+    Peer("associative scan", "torch's associative_scan, under torch.compile on a GPU", "", _associative,
+         materialises=True),
     Peer("plain torch", "the textbook loop in PyTorch that errors are compared with", "", _plain, loop=2,
          materialises=True),
 )  # fmt: skip

@@ -263,7 +263,18 @@ def test_every_kind_of_kernel_is_compiled():
     assert values["CHECKPOINT"] >= {0, 16, 64}
     assert all(
         values[name] == {0, 1}
-        for name in ("RELAY", "B_AXIS", "C_AXIS", "CONST_B", "CONST_C", "HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "PACKED")
+        for name in (
+            "RELAY",
+            "B_AXIS",
+            "C_AXIS",
+            "CONST_B",
+            "CONST_C",
+            "HAS_D",
+            "HAS_Z",
+            "HAS_BIAS",
+            "SOFTPLUS",
+            "PACKED",
+        )  # fmt: skip
     )
 
 

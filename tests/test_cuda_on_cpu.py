@@ -60,7 +60,11 @@ CASES = {
     "forward cut": (Config(2, 2, 32, splits=3), None, {"layout": "dim"}),
     "forward by polynomials": (Config(2, 2, 32, polynomial=8), None, {"dtype": "bfloat16", "special": "underflow"}),
     "forward by polynomials, NaN": (Config(2, 2, 32, polynomial=8), None, {"dtype": "float16", "special": "nan_u"}),
-    "forward of extreme steps": (Config(2, 2, 32, polynomial=16), None, {"special": "extreme_delta", "dtype": "bfloat16"}),
+    "forward of extreme steps": (
+        Config(2, 2, 32, polynomial=16),
+        None,
+        {"special": "extreme_delta", "dtype": "bfloat16"},
+    ),
     "relay bf16": (Config(4, 8, 16, relay=1), None, {"dtype": "bfloat16", "length": 128}),
     "relay of groups": (
         Config(8, 15, 16, groups=5, relay=1),
@@ -70,13 +74,21 @@ CASES = {
     "relay fp32": (Config(4, 6, 16, relay=1), None, {}),
     "relay, packed": (Config(4, 3, 16, relay=1), None, {"lengths": (70, 0, 1, 33), "dtype": "bfloat16"}),
     "forward of 32 lanes": (Config(32, 2, 16, splits=2), None, {"state": 40, "length": 50}),
-    "backward of 32 lanes": (Config(16, 1, 16), Config(32, 2, 4, 2, groups=2, relay=1), {"state": 160, "length": 40, "dim": 6}),
+    "backward of 32 lanes": (
+        Config(16, 1, 16),
+        Config(32, 2, 4, 2, groups=2, relay=1),
+        {"state": 160, "length": 40, "dim": 6},
+    ),
     "backward bf16": (FORWARD, BACKWARD, {"dtype": "bfloat16", "length": 67, "dim": 72}),
     "backward fp32": (FORWARD, BACKWARD, {"dim": 40}),
     "backward dim": (FORWARD, BACKWARD, {"dtype": "float16", "layout": "dim", "dim": 40}),
     "backward cut": (FORWARD, dataclasses.replace(BACKWARD, splits=3), {"dtype": "bfloat16", "length": 128}),
     "backward of one warp": (FORWARD, dataclasses.replace(BACKWARD, warps=1, groups=5), {"dtype": "bfloat16"}),
-    "backward of idle warps": (FORWARD, dataclasses.replace(BACKWARD, warps=8, groups=1), {"dtype": "bfloat16", "length": 77}),
+    "backward of idle warps": (
+        FORWARD,
+        dataclasses.replace(BACKWARD, warps=8, groups=1),
+        {"dtype": "bfloat16", "length": 77},
+    ),
 }
 
 

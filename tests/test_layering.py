@@ -17,6 +17,7 @@ EVERYTHING = ("",)
 RULES = {
     "reference": ("reference",),
     "profiling": ("profiling",),
+    "profiling.ceilings": ("profiling", "cuda_module"),  # the one GPU kernel that is no op's
     "autotune": ("autotune", "profiling", "tuning"),  # never an op; its __init__ alone hands on what tuning composes
     "autotune.search": (),
     "autotune.store": ("profiling.device",),
@@ -38,6 +39,9 @@ RULES = {
     "gate": ("op", "check"),
     "trials": ("check", "measure", "gate", "profiling"),  # a worker process; tuning knows it by name
     "tuning": ("op", "check", "autotune", "profiling"),
+    "sweep": ("op", "measure", "profiling"),
+    "counters": ("measure",),
+    "parts": ("mamba", "measure", "profiling"),
     "text": ("profiling.device", "OP.cases", "mamba"),
     "cli": EVERYTHING,
     "__main__": EVERYTHING,

@@ -1,5 +1,6 @@
 """The README says what is so: its Python runs, and it names every verb, backend and environment variable."""
 
+import json
 import re
 from pathlib import Path
 
@@ -53,3 +54,17 @@ def test_environment_variables_are_named():
 def test_the_figures_have_their_place():
     assert README.count("<!-- speed:begin -->") == README.count("<!-- speed:end -->") == 1
     assert README.index("<!-- speed:begin -->") < README.index("<!-- speed:end -->")
+
+
+def test_the_speeds_are_those_of_the_committed_report():
+    """Each time in the table of speeds is the report's, to the digits it is given with."""
+    made = json.loads((ROOT / "bench_reports" / "nvidia-h100-80gb-hbm3" / "report.json").read_text(encoding="utf-8"))
+    shown = README.partition("<!-- speed:begin -->")[2].partition("<!-- speed:end -->")[0]
+    rows = re.findall(r"^\| \(([\d, ]+)\) \|(.*)$", shown, re.MULTILINE)
+    assert rows
+    for sizes, cells in rows:
+        (case,) = (c for c in made["cases"] if c["name"] == sizes.replace(", ", "x"))
+        measured = {r["use"]: r["median_s"] for r in case["results"] if r["runner"] == "cuda"}
+        for use, ms in zip(("inference", "backward"), re.findall(r"([\d.]+) ms", cells), strict=True):
+            digits = len(ms.partition(".")[2])
+            assert float(ms) == round(1e3 * measured[use], digits), (sizes, use)

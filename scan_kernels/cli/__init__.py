@@ -3,6 +3,8 @@
     add_arguments(parser)    its options
     run(args) -> int         the exit code
 
+(``report`` is spread over three: what it measures, step by step, and how it compares stand in ``report_*.py``.)
+
 A verb composes the rooms: it may import all of them, and nothing imports a verb. Imports stand inside the functions,
 so that one verb's help does not wait for another's libraries. To add a verb, add its module and a line to ``VERBS`` in
 ``__main__.py``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ CLIFF = 1.25  # growth, beyond what the bound explains, of the time of an elemen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", default="selective_scan", help="the op to time (default: %(default)s)")
     parser.add_argument("--shape", required=True, metavar="BATCH,DIM,LENGTH[,STATE]", help="state is 16 by default")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--backend", action="append", help="only this backend (may be repeated); by default all")
@@ -37,13 +39,16 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import check, measure
     from ..profiling import timer
-    from ..profiling.device import ceilings
-    from ..selective_scan import selective_scan
+    from ..profiling.ceilings import ceilings
 
     if not (math.isfinite(args.seconds) and args.seconds > 0):
         raise BadArgument(f"--seconds: expected a number above 0, got {args.seconds}")
+    try:
+        op = check.find_op(args.op)
+    except ValueError as e:
+        raise BadArgument(str(e)) from None
+    function = getattr(importlib.import_module(op.package), op.name)
     device = pick_device(args.device)
-    op = check.find_op("selective_scan")
     if args.host and device.kind == "cpu":
         raise BadArgument("--host: a CPU is its own host, and its times say all; expected a GPU")
     case = _case(op, args.shape, args.dtype or ("bf16" if device.kind == "cuda" else "fp32"))
@@ -56,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(args.backend)) if args.backend else [n for n, why in reasons.items() if why is None]
 
     out = console()
-    columns = ["direction", "backend", "config", "time", "quartiles", "Gelem/s", "of bound", "bound by", "runs"]
+    columns = ["direction", "backend", "config", "time", "quartiles", "cold", "Gelem/s", "of bound", "bound by", "runs"]
     columns += ["host"] * args.host
     failed = False
     shares: dict[tuple[str, str], float] = {}  # of the bound, at the size before
     verdicts: dict[int, list[str]] = {}
     for case in sizes:
         out.print(f"{case.batch} x {case.dim} x {case.length}, {case.state} states, {case.dtype} on {device.name}")
+        notes: dict[str, None] = {}
         shown = table("", *columns, *(["beyond the bound"] if args.sweep else []))
         if case.state not in verdicts:  # sizes of one state pose the same small cases
             verdicts[case.state] = [name for name in names if _passes(op, case, device, name, out)]
@@ -73,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
         except torch.OutOfMemoryError:
             out.print("  does not fit in memory")
             break
-        runners = {name: measure.backend(op, name, selective_scan) for name in green}
+        runners = {name: measure.backend(op, name, function) for name in green}
         for r in measure.results(
-            op, case, tensors, list(runners.values()), device, args.seconds, DIRECTIONS[args.direction]
+            op, case, tensors, list(runners.values()), device, args.seconds, DIRECTIONS[args.direction], cold=True
         ):
             problem = case.used(r["use"], device.kind)
             direction = "training" if r["use"] == "training" else problem.direction
@@ -96,11 +102,15 @@ def run(args: argparse.Namespace) -> int:
             shares[known] = share
             shown.add_row(
                 direction, r["runner"], fields(choice.config), seconds(r["median_s"]),
-                f"{seconds(r['low_s'])} to {seconds(r['high_s'])}", f"{need['elements'] / r['median_s'] / 1e9:.3g}",
+                f"{seconds(r['low_s'])} to {seconds(r['high_s'])}",
+                seconds(r["cold"]["median_s"]) if "cold" in r else "", f"{need['elements'] / r['median_s'] / 1e9:.3g}",
                 f"{100 * share:.2g} %", f"{need['unit']}, {seconds(need['seconds'])}",
                 f"{r['runs']} x {r['method']}", *more,
             )  # fmt: skip
+            notes |= dict.fromkeys(f"{r['runner']}, {direction}: {words}" for words in r.get("disturbed", ()))
         out.print(shown)
+        for note in notes:
+            out.print(f"disturbed: {note}", markup=False)
         del tensors, runners
     return int(failed)
 

@@ -105,6 +105,36 @@ class Problem:
         per_element = 3 + 2 * self.has_D + 2 * self.has_z
         return self.elements * (self.state * per_state + per_element * (1 if self.direction == "forward" else 3))
 
+    def issues(self) -> int:
+        """Instructions that a lane issues for the recurrence as written: no addresses, no loops, no sums over lanes.
+
+        Forward, a state and step: Δ*A, its exponential, Δu*B, h, y: 5. Backward: all but y again (4), then G, dB, dC,
+        the sums of G*B, g, two for dΔ, dA: 12, with y for dz: 13. Each element: u, Δ in, Δu, out, and what D (1),
+        delta_bias (1), softplus (6) and the gate (5) take; backward twice that. Tensor cores, which could take over
+        products and sums, are not counted on.
+        """
+        forward = self.direction == "forward"
+        per_state = 5 if forward else 12 + self.has_z
+        per_element = 4 + self.has_D + self.has_bias + 6 * self.softplus + 5 * self.has_z
+        return self.elements * (self.state * per_state + per_element * (1 if forward else 2))
+
+    def shared(self) -> int:
+        """Bytes of B and C that lanes read from shared memory as float32, where a lane has one channel.
+
+        Backward, as much again is added up for their gradients. A lane with more channels needs less.
+        """
+        variable = (not self.constant_B) + (not self.constant_C)
+        return self.elements * self.state * 4 * variable * (1 if self.direction == "forward" else 2)
+
+    def shuffles(self) -> int:
+        """Exchanges between lanes, where a lane has one channel: one for each term of dB and dC. Forward none."""
+        variable = (not self.constant_B) + (not self.constant_C)
+        return 0 if self.direction == "forward" else self.elements * self.state * variable
+
+    def launches(self) -> int:
+        """Kernels that must be launched, at least."""
+        return 1
+
 
 class Inputs(NamedTuple):
     """Normal form of the inputs, as every backend receives them.

@@ -271,7 +271,8 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
 
 def _backward_splits(problem: Problem, config: Config, units: int, fits: int) -> list[tuple[float, Config]]:
     """The configuration with its time in one part and in as many as fill the places for blocks, ``fits`` on each of
-    ``units`` multiprocessors, once or twice, each with an estimate of the time that it takes, in units of what the work alone would."""
+    ``units`` multiprocessors, once or twice, each with an estimate of its time, in units of what the work would take.
+    """
     work, resident = problem.rows * _block_count(problem, config), units * fits
     per_row = problem.length / problem.rows if problem.sequences else problem.length
     longest = max(1, int(per_row // max(64, problem.checkpoint)))
