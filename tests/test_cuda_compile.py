@@ -261,21 +261,8 @@ def test_every_kind_of_kernel_is_compiled():
     assert values["LANES"] >= {1, 2, 4, 8, 16, 32}
     assert values["TILE"] >= {4, 8, 16, 32}
     assert values["CHECKPOINT"] >= {0, 16, 64}
-    assert all(
-        values[name] == {0, 1}
-        for name in (
-            "RELAY",
-            "B_AXIS",
-            "C_AXIS",
-            "CONST_B",
-            "CONST_C",
-            "HAS_D",
-            "HAS_Z",
-            "HAS_BIAS",
-            "SOFTPLUS",
-            "PACKED",
-        )  # fmt: skip
-    )
+    flags = "RELAY B_AXIS C_AXIS CONST_B CONST_C HAS_D HAS_Z HAS_BIAS SOFTPLUS PACKED"
+    assert all(values[name] == {0, 1} for name in flags.split())
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.arch)
