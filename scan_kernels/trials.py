@@ -13,7 +13,8 @@ import torch
 from . import check, measure
 from .gate import Gate
 from .profiling import timer
-from .profiling.device import ceilings, clocks, describe
+from .profiling.ceilings import ceilings
+from .profiling.device import clocks, describe
 
 TIMING = ("median_s", "low_s", "high_s", "runs", "method")  # of a Timing, what tuning uses
 
