@@ -254,8 +254,6 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     lanes = min(32, max(4, _power_of_two(_ceil(problem.state, 2))))
     tile = 32 // max(2, _power_of_two(_ceil(problem.state, lanes)))
-    if problem.dtype != "bfloat16" and device.arch not in ("sm_80", "sm_86", "sm_89", "sm_90") and lanes < 32:
-        lanes *= 2  # with two states a lane, products in two parts take more registers than ptxas finds from 10.0 on
     found = []
     for warps, blocks in ((4, 2), (8, 1), (2, 4), (1, 8)):
         alike = []
