@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from ..profiling.device import Device, setting
+from ..profiling.files import cache, make
 
 SCHEMA = 2
 TABLES = Path(__file__).parent / "data"
@@ -84,12 +85,8 @@ class Key:
 
 
 def folder() -> Path:
-    """This machine's cache of tuned choices: under ``SCAN_KERNELS_CACHE``, or the platform's cache folder."""
-    if root := os.environ.get("SCAN_KERNELS_CACHE"):
-        return Path(root).expanduser() / "tuned"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("scan-kernels", appauthor=False)) / "tuned"
+    """This machine's tuned choices, in its cache."""
+    return cache() / "tuned"
 
 
 def files() -> list[Path]:
@@ -205,11 +202,7 @@ def write(path: Path, content: dict[str, Any], limit: int, mode: int = 0o600) ->
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     if len(text) > limit:
         raise ValueError(f"an entry of {len(text)} bytes; at most {limit} are read back")
-    root = folder().parent
-    private = [p for p in (path.parent, *path.parent.parents) if p == root or root in p.parents]
-    (private[-1].parent if private else path.parent).mkdir(parents=True, exist_ok=True)
-    for level in reversed(private):
-        level.mkdir(mode=0o700, exist_ok=True)
+    make(path.parent)
     _sweep(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:

@@ -27,38 +27,33 @@ __device__ __forceinline__ void use(const float (&v)[CHAINS], float* sink) {
   if (sum == -1.2345e30f) *sink = sum;
 }
 
-KERNEL(multiply_add) {
+// Every chain goes through `step`, which is told the value and the instruction's place in the loop.
+template <class Step>
+__device__ __forceinline__ void chains(const Params& p, Step step) {
   float v[CHAINS];
   seed(v);
-  const float b = 1e-3f * float(blockIdx.x);
   for (int i = 0; i < int(p.times); i++)
 #pragma unroll
     for (int u = 0; u < UNROLL; u++)
 #pragma unroll
-      for (int c = 0; c < CHAINS; c++) v[c] = fmaf(v[c], 0.999f, b);
+      for (int c = 0; c < CHAINS; c++) v[c] = step(v[c], u + c);
   use(v, p.sink);
+}
+
+KERNEL(multiply_add) {
+  const float b = 1e-3f * float(blockIdx.x);
+  chains(p, [=](float v, int) { return fmaf(v, 0.999f, b); });
 }
 
 KERNEL(ex2) {
-  float v[CHAINS];
-  seed(v);
-  for (int i = 0; i < int(p.times); i++)
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++)
-#pragma unroll
-      for (int c = 0; c < CHAINS; c++) asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v[c]) : "f"(-v[c]));
-  use(v, p.sink);
+  chains(p, [](float v, int) {
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(-v));
+    return v;
+  });
 }
 
 KERNEL(shuffle) {
-  float v[CHAINS];
-  seed(v);
-  for (int i = 0; i < int(p.times); i++)
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++)
-#pragma unroll
-      for (int c = 0; c < CHAINS; c++) v[c] = __shfl_xor_sync(~0u, v[c], 1 + (u + c) % 31);
-  use(v, p.sink);
+  chains(p, [](float v, int at) { return __shfl_xor_sync(~0u, v, 1 + at % 31); });
 }
 
 // 16 bytes a lane, the lanes of a warp side by side: no bank is asked for twice in a cycle.

@@ -7,13 +7,12 @@ under ``SCAN_KERNELS_CACHE``, for exactly this device, driver and these sources.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import readings, timer
-from .device import Device
+from . import files, readings, timer
+from .device import Device, driver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +84,7 @@ def ceilings(device: Device, fresh: bool = False) -> Ceilings:
 
 
 def _path(device: Device) -> Path:
-    root = os.environ.get("SCAN_KERNELS_CACHE")
-    if root:
-        return Path(root).expanduser() / "ceilings" / f"{device.slug}.json"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("scan-kernels", appauthor=False)) / "ceilings" / f"{device.slug}.json"
+    return files.cache() / "ceilings" / f"{device.slug}.json"
 
 
 def _key(device: Device) -> dict[str, Any]:
@@ -99,7 +93,7 @@ def _key(device: Device) -> dict[str, Any]:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     return {
         "name": device.name, "arch": device.arch, "units": device.units, "memory_bytes": device.memory_bytes,
-        "driver": readings.driver(device), "cupy": device.kind == "cuda" and _cupy(), "sources": digest,
+        "driver": driver(device), "cupy": device.kind == "cuda" and _cupy(), "sources": digest,
     }  # fmt: skip
 
 
@@ -120,15 +114,8 @@ def _write(device: Device, found: Ceilings) -> None:
     if not found:
         return
     content = {"key": _key(device), "ceilings": [dataclasses.asdict(c) for c in found]}
-    path = _path(device)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=1)
-        os.replace(temporary, path)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        files.write(_path(device), json.dumps(content, indent=1))
 
 
 # ---- GPU -----------------------------------------------------------------------------------------------------

@@ -82,20 +82,29 @@ def setting(device: Device) -> dict[str, int | None]:
 
     memory_mhz: highest memory clock. driver: its major version. power_w: the limit set. A CPU has none of these.
     """
-    return dict(_setting(device.index) if device.kind == "cuda" else dict.fromkeys(("memory_mhz", "driver", "power_w")))
+    return dict(_setting(device) if device.kind == "cuda" else dict.fromkeys(("memory_mhz", "driver", "power_w")))
 
 
 @functools.cache
-def _setting(index: int) -> dict[str, int | None]:
+def _setting(device: Device) -> dict[str, int | None]:
     found: dict[str, int | None] = dict.fromkeys(("memory_mhz", "driver", "power_w"))
     # no permission: NVML has an error class for each
     with contextlib.suppress(Exception):
-        if asked := nvml(index):
+        if asked := nvml(device.index):
             library, handle = asked
-            found["driver"] = int(_text(library.nvmlSystemGetDriverVersion()).partition(".")[0])
+            found["driver"] = int(driver(device).partition(".")[0])
             found["memory_mhz"] = int(library.nvmlDeviceGetMaxClockInfo(handle, library.NVML_CLOCK_MEM))
             found["power_w"] = round(library.nvmlDeviceGetPowerManagementLimit(handle) / 1e3)
     return found
+
+
+def driver(device: Device) -> str:
+    """The version of a GPU's driver, in full; "" where nobody tells."""
+    with contextlib.suppress(Exception):
+        if device.kind == "cuda" and (asked := nvml(device.index)):
+            version = asked[0].nvmlSystemGetDriverVersion()
+            return version.decode() if isinstance(version, bytes) else version
+    return ""
 
 
 def clocks(device: Device) -> dict[str, int]:
@@ -124,7 +133,3 @@ def nvml(index: int) -> tuple[Any, Any] | None:
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
     except Exception:
         return None
-
-
-def _text(said: str | bytes) -> str:
-    return said.decode() if isinstance(said, bytes) else said

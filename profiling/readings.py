@@ -68,13 +68,6 @@ def energy(device: Device) -> float | None:
     return None if used is None else used / 1e3
 
 
-def driver(device: Device) -> str:
-    """The version of the GPU's driver, or ""."""
-    found = nvml(device.index) if device.kind == "cuda" else None
-    version = _ask(found[0], "nvmlSystemGetDriverVersion") if found else None
-    return version.decode() if isinstance(version, bytes) else version or ""
-
-
 def top_clock(device: Device) -> float:
     """The highest multiprocessor clock of a GPU in MHz; 0 where nobody tells."""
     if (found := nvml(device.index)) is not None:

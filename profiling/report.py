@@ -21,16 +21,15 @@ A report is plain data (what JSON holds), ``SCHEMA`` 2:
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from . import charts, page
 from .charts import TITLES, timed
+from .files import write
 from .page import seconds, speed_ups
 
-__all__ = ["PICTURES", "SCHEMA", "empty", "index", "load", "render", "save", "seconds", "speed_ups", "write"]
+__all__ = ["PICTURES", "SCHEMA", "empty", "index", "load", "render", "save", "seconds", "speed_ups"]
 
 Report = dict[str, Any]
 SCHEMA = 2
@@ -49,20 +48,6 @@ def empty() -> Report:
         "versions": {}, "sources": {}, "formulas": {}, "gate": {}, "peers": [], "cases": [], "sweeps": [], "parts": [],
         "counters": {}, "figure8": None,
     }  # fmt: skip
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: a reader sees the old content or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load(path: Path) -> Report:

@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import platform
-import tempfile
 from collections.abc import Iterator
 from concurrent import futures
 from importlib import metadata
@@ -33,6 +32,7 @@ import torch
 
 from .op import BackendUnavailable, Op
 from .profiling.device import describe
+from .profiling.files import write
 
 FACTOR = 2.0
 NEAR, DRAWS = 3.0, 3
@@ -257,7 +257,6 @@ def write_record(rows: list[Row], skipped: dict, ops: list[str], where: torch.de
     """bench_reports/<device>/check.json: device, versions, hash of the kernel sources, every row."""
     device = describe(where)
     target = folder / device.slug / "check.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "device": dataclasses.asdict(device),
         "versions": versions(),
@@ -266,13 +265,9 @@ def write_record(rows: list[Row], skipped: dict, ops: list[str], where: torch.de
         "passed": sum(r.ok for r in rows),
         "failed": sum(not r.ok for r in rows),
     }
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as f:
-        lines = ",\n".join(json.dumps(_plain_numbers(dataclasses.asdict(r))) for r in rows)
-        head = json.dumps(content, indent=1)
-        f.write(head[:-2] + ',\n "rows": [\n' + lines + "\n]}\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, target)
+    lines = ",\n".join(json.dumps(_plain_numbers(dataclasses.asdict(r))) for r in rows)
+    head = json.dumps(content, indent=1)
+    write(target, head[:-2] + ',\n "rows": [\n' + lines + "\n]}\n")
     return target
 
 

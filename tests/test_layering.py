@@ -20,7 +20,7 @@ RULES = {
     "profiling.ceilings": ("profiling", "cuda_module"),  # the one GPU kernel that is no op's
     "autotune": ("autotune", "profiling", "tuning"),  # never an op; its __init__ alone hands on what tuning composes
     "autotune.search": (),
-    "autotune.store": ("profiling.device",),
+    "autotune.store": ("profiling.device", "profiling.files"),
     "autotune.tables": ("autotune",),
     "autotune.tuner": ("autotune", "profiling"),
     "autotune.worker": (),

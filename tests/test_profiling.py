@@ -381,6 +381,15 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement_and_nothing_else(no
     assert ceilings(CPU)[0].per_second == 7.0
 
 
+def test_what_is_kept_of_a_machine_is_for_its_user_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCAN_KERNELS_CACHE", str(tmp_path / "above" / "cache"))
+    monkeypatch.setattr(maker, "_known", {})
+    monkeypatch.setattr(maker, "_MEASURE", {"cpu": lambda device: (ceiling("bytes", 7.0, "memory"),)})
+    ceilings(CPU)
+    for name in ("cache", "cache/ceilings"):
+        assert (tmp_path / "above" / name).stat().st_mode & 0o777 == 0o700
+
+
 # what the kernels of ceilings.cu find on the made-up GPU below, a second
 TRUE = {
     "multiply_add": 30e12,

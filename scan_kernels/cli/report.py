@@ -193,11 +193,11 @@ def _record(args: argparse.Namespace, device: Device) -> dict[str, Any]:
     """The report without its measurements."""
     from .. import check
     from ..peers import PEERS
-    from ..profiling import readings
     from ..profiling import report as pages
     from ..profiling.ceilings import ceilings
+    from ..profiling.device import driver
 
-    driver = readings.driver(device)
+    version = driver(device)
     return pages.empty() | {
         "command": _command(args),
         "date": _now(),
@@ -205,7 +205,7 @@ def _record(args: argparse.Namespace, device: Device) -> dict[str, Any]:
         "device": dataclasses.asdict(device) | {"slug": device.slug},
         "ceilings": [dataclasses.asdict(c) for c in ceilings(device, fresh=True)],
         "versions": check.versions() | {p.package: p.version for p in PEERS if p.version}
-        | ({"driver": driver} if driver else {}),
+        | ({"driver": version} if version else {}),
         "sources": {name: check.find_op(name).sources for name in check.OPS},
         "formulas": _formulas(check.find_op("selective_scan"), device),
     }  # fmt: skip
