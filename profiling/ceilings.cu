@@ -68,7 +68,7 @@ KERNEL(shared) {
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
       float4 x;
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+      asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                    : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
                    : "r"(at + 16 * (u % 2 ? THREADS : 0)));
       const int c = u % 2 * 4;

@@ -84,9 +84,12 @@ def _norms(x: np.ndarray, finite: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def compare(
-    exact: np.ndarray, plain: np.ndarray, got: np.ndarray, floor: float = FLOORS["float32"]
+    exact: np.ndarray, plain: np.ndarray, got: np.ndarray, floor: float
 ) -> tuple[float, float, float, bool]:
-    """(error, allowance, worst row's share of its allowance, accepted) of ``got`` against ``exact``."""
+    """(error, allowance, worst row's share of its allowance, accepted) of ``got`` against ``exact``.
+
+    floor: what is allowed however good plain PyTorch is, as a share of the norm: ``FLOORS`` of the inputs' dtype.
+    """
     if exact.size == 0:
         return 0.0, floor, 0.0, got.shape == exact.shape
     if exact.ndim == 0 or got.shape != exact.shape:

@@ -240,9 +240,8 @@ def _checked(op: Op, case: Any, tensors: dict[str, Any], names: list[str], check
             got = op.cases.candidate(cut, name)
         worst = ("", 0.0, 0.0, -1.0, True)
         for tensor in exact:
-            error, allowance, share, ok = check.compare(
-                exact[tensor], plain[tensor], got[tensor].double().cpu().numpy()
-            )
+            result, floor = got[tensor].double().cpu().numpy(), check.FLOORS[case.dtype]
+            error, allowance, share, ok = check.compare(exact[tensor], plain[tensor], result, floor)
             worst = max(worst, (tensor, error, allowance, share, ok), key=lambda w: (not w[4], w[3]))
         found[name] = {"tensor": worst[0], "error": f"{worst[1]:.1e}", "allowance": f"{worst[2]:.1e}", "ok": worst[4]}
     return found

@@ -151,7 +151,7 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
 
     group = 128 * (3 * per + 2) + room(True, 2 * config.per_warp)
     group += (2 - varying) * 256 * per + varying * 16
-    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 768
+    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 512
     warp += varying * (projection + copied) + (2 - varying) * 32
     warp += room(problem.keep_y, 32 * _ceil(config.steps * item, 4))
     warp += room(recomputed, config.groups * 32 * per) + room(recomputed, 2 * rows)

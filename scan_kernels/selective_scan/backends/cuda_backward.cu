@@ -44,7 +44,6 @@ constexpr int STEPS = LANES < T ? T / LANES : 1;            // that a lane owns 
 // Add (or, for partial sums, store) four neighbours of which `count` exist.
 DEVICE void deposit(float* to, float4 v, int count) {
   if (count <= 0) return;
-  __builtin_assume(__isGlobal(to));  // which an address from shared memory does not show
 #if PARTIALS
   if (count >= 4 && ((size_t)to & 15) == 0) { *(float4*)to = v; return; }
   to[0] = v.x;
@@ -265,7 +264,7 @@ struct alignas(16) Warp {
   unsigned char ring[RING][SLOT_BYTES];
   // where, of the span's first tile, the lane's steps of du begin and its share of dB and dC goes
   i64 out[32];                           // in bytes, from du
-  float *to_dB[32], *to_dC[32];
+  i64 sums[32];                          // in elements, from dB and dC alike
   alignas(16) float B[CONST_B ? 1 : BC_FLOATS];
   alignas(16) float C[CONST_C ? 1 : BC_FLOATS];
   alignas(16) u32 raw_B[CONST_B ? 1 : Projection_B::RAW];
@@ -359,9 +358,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
   const i64 bc_first = PARTIALS ? task.block % (p.blocks / p.groups) * p.bc_partial : 0;
   const i64 bc_row = ((i64)batch() * p.groups + ch.group) * STATE + s * PER;
-  const i64 bc_own = bc_first + bc_row * p.length + w.first + w.begin + own_share(channel);
-  if (!CONST_B) mine.to_dB[lane] = p.dB + bc_own;
-  if (!CONST_C) mine.to_dC[lane] = p.dC + bc_own;
+  mine.sums[lane] = bc_first + bc_row * p.length + w.first + w.begin + own_share(channel);
 
   __syncthreads();
 
@@ -828,8 +825,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
       }
     };
-    if constexpr (!CONST_B) leave(sum_B, mine.to_dB[lane], DTYPE == 0 ? 1.f : LN2);
-    if constexpr (!CONST_C) leave(sum_C, mine.to_dC[lane], 1.f);
+    if constexpr (!CONST_B) leave(sum_B, p.dB + mine.sums[lane], DTYPE == 0 ? 1.f : LN2);
+    if constexpr (!CONST_C) leave(sum_C, p.dC + mine.sums[lane], 1.f);
     __syncwarp();  // nobody needs B and C any more
   }
 

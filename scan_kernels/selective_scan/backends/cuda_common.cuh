@@ -96,7 +96,6 @@ DEVICE int here() {
 // A register for v, which is not computed anew at each use.
 DEVICE void keep(int& v) { asm volatile("" : "+r"(v)); }
 DEVICE void keep(i64& v) { asm volatile("" : "+l"(v)); }
-DEVICE void keep(float& v) { asm volatile("" : "+f"(v)); }
 DEVICE float sigmoid(float x) { return rcp(1.f + ex2(-LOG2E * x)); }
 
 // 2^x for x = dt*A <= 126 on the FMA pipe: nearest integer by a large addend, a polynomial (minimax, off by 9e-8) for
