@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...cuda_module import Kernel
+from ...cuda_module import Kernel, Launch
 from ..problem import ITEMSIZE, Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 
 RANK = 0
 FOLDER = Path(__file__).parent
 FORWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"
 BACKWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_backward.cu"
-SCAN, LEAVE, ADJOINT = 0, 1, 2  # MODE of cuda_forward.cu
+SCAN, LEAVE, ADJOINT, EXPAND = 0, 1, 2, 3  # MODE of cuda_forward.cu
 MOST_GROUPS = 64  # groups of channels of a block, backward
+SCRATCH = 512 << 20  # bytes that the states which enter the tiles of a backward may take; more are made in parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Config:
     Between forward and backward, 4 state/checkpoint bytes of float32 states are kept for each element of u beyond the
     inputs (4 at 16 states and the default checkpoint of 16; 2 at 32, 1 at 64), and with ``keep_y`` the size of an
     element of u (2, or 4 for float32). More kept is less computed again; the backward takes what the forward kept.
+    Where that is fewer states than it has tiles, it makes the others first, in memory that it gives back: 4 state/tile
+    bytes for each element of u, but ``SCRATCH`` bytes at most (of packed sequences all at once, however many).
     """
 
     lanes: int  # lanes of a warp that share a channel, each with state/lanes states; a power of two up to 32
@@ -131,8 +135,8 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     tile = config.per_warp * (config.tile + 4)
     raw = 32 * _ceil(config.own * ITEMSIZE[problem.dtype], 4)
     if problem.direction == "forward" or mode != SCAN:
-        tiles = (mode != ADJOINT and not problem.constant_B) + (mode != LEAVE and not problem.constant_C)
-        warp = 2 * tile + (3 + problem.has_z) * raw
+        tiles = (mode != ADJOINT and not problem.constant_B) + (mode in (SCAN, ADJOINT) and not problem.constant_C)
+        warp = 2 * tile + (3 + problem.has_z) * raw + 32 * per * (mode == EXPAND)
         if config.relay:
             warp += tiles * projection + 32 * per + 2 * 32 * 6
             return 4 * (config.warps * warp + config.groups * 32 * per)
@@ -142,8 +146,7 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     copied = 128 * item * _ceil(per * config.lanes * config.tile // 4, 32)
     lines, line = (config.tile, config.per_warp) if problem.layout == "dim" else (config.per_warp, config.tile)
     part = _ceil(lines * max(line * item, (line // 2 + 1) * 4 if item == 2 else 0), 16) * 16
-    recomputed = problem.checkpoint > config.tile
-    slot = (3 + problem.has_z) * part + (0 if recomputed else config.per_warp * per * config.lanes * 4)
+    slot = (3 + problem.has_z) * part + config.per_warp * per * config.lanes * 4
     varying = 2 - problem.constant_B - problem.constant_C
 
     def room(needed: int | bool, floats: int) -> int:  # an array of as many floats, or of one
@@ -154,7 +157,6 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 512
     warp += varying * (projection + copied) + (2 - varying) * 32
     warp += room(problem.keep_y, 32 * _ceil(config.steps * item, 4))
-    warp += room(recomputed, config.groups * 32 * per) + room(recomputed, 2 * rows)
     return 112 + _ceil(8 * config.groups * config.warps, 16) * 16 + config.groups * group + config.warps * warp
 
 
@@ -294,6 +296,7 @@ def _backward_splits(problem: Problem, config: Config, units: int, fits: int) ->
 
 SIZES = (
     "length", "rows", "dim", "groups", "blocks", "splits", "span", "finer", "wide_offsets", "bc_partial", "spread_rows",
+    "row_length",
     *(f"{t}_{axis}" for t in ("u", "delta", "z", "out", "dout", "grad") for axis in ("batch", "dim", "step")),
     *(f"{t}_{axis}" for t in ("B", "C") for axis in ("batch", "group", "state", "step")),
 )  # fmt: skip
@@ -301,6 +304,7 @@ SCALARS = ("u", "delta", "z", "out", "y", "dout", "du", "ddelta", "dz", "B", "C"
 FLOATS = (
     "A", "D", "delta_bias", "initial_state", "last_state", "states", "span_end", "span_time",
     "dA", "dB", "dC", "dD", "ddelta_bias", "dinitial_state", "spread_B", "spread_C",
+    "kept",
 )  # fmt: skip
 FIELDS = dict.fromkeys(SCALARS, "void*") | dict.fromkeys(FLOATS, "float*") | dict.fromkeys(SIZES, "long long")
 SUMS = ("dA", "dD", "ddelta_bias", "dB", "dC")  # gradients that many blocks add to
@@ -394,13 +398,22 @@ def _entering(problem: Problem, config: Config) -> tuple[int, Config] | None:
     return ADJOINT, _forward(problem, lanes, 4, tile)
 
 
+def _expanding(problem: Problem, config: Config) -> Config | None:
+    """Config of the pass that makes the states which enter a backward's tiles; None if the forward kept them all."""
+    if problem.direction == "forward" or problem.checkpoint == config.tile:
+        return None
+    lanes = max(1, _power_of_two(_ceil(problem.state, 8)))
+    return _forward(problem, lanes, 4 if problem.state <= 128 else 16, 16)
+
+
 def variants(
     problem: Problem,
     config: Config,
     aligned: tuple[bool, bool, bool],
     axes: tuple[int, int],
 ) -> list[Variant]:
-    """What a call launches: first, if ``_entering`` says so, a pass over the spans' states; last, the scan itself."""
+    """What a call launches: first, if ``_entering`` says so, a pass over the spans' states, and, if ``_expanding``
+    does, one that makes the tiles'; last, the scan itself."""
     base = defines(problem, config, aligned, axes)
     found = []
     if first := _entering(problem, config):
@@ -408,11 +421,15 @@ def variants(
         found.append(
             Variant(FORWARD, "scan", base | _tunables(own) | {"MODE": mode}, own, shared_bytes(problem, own, mode))
         )
+    if expanding := _expanding(problem, config):
+        more = {"MODE": EXPAND, "CHECKPOINT": config.tile, "KEPT": problem.checkpoint}
+        shared = shared_bytes(problem, expanding, EXPAND)
+        found.append(Variant(FORWARD, "scan", base | _tunables(expanding) | more, expanding, shared))
     if problem.direction == "forward":
         files, name, more = FORWARD, "scan", {"MODE": SCAN}
     else:
         files, name = BACKWARD, "scan_backward"
-        more = {"PARTIALS": int(problem.deterministic)}
+        more = {"PARTIALS": int(problem.deterministic), "CHECKPOINT": config.tile}
     shared = shared_bytes(problem, config)
     if problem.direction == "backward":
         more["SHARED_BYTES"] = shared
@@ -424,10 +441,10 @@ def _describe(
 ) -> tuple[list[Variant], dict[str, int]]:
     """The kernels of a call and the parameters that they share, but for the pointers: see ``_pointers``."""
     sequence = {"u": i.u, "delta": i.delta, **({"z": i.z} if i.z is not None else {}), **like_u}
-    first = _entering(problem, config)
+    first, expanding = _entering(problem, config), _expanding(problem, config)
     axis, width = (1 if problem.layout == "dim" else 2), _own_width(problem, config)
-    if first:
-        width = max(width, _own_width(problem, first[1]))
+    for own in ([first[1]] if first else []) + ([expanding] if expanding else []):
+        width = max(width, _own_width(problem, own))
     # a block starts at its group's first channel, a packed sequence at any step; a row ends with a whole vector
     if axis == 1:
         starts = problem.groups == 1 or problem.dim // problem.groups % width == 0
@@ -435,7 +452,7 @@ def _describe(
         starts = not problem.sequences and problem.length % width == 0
     aligned = [starts and _is_aligned(list(sequence.values()), axis, width)]
     axes = []
-    sizes = {"length": problem.length, "rows": problem.rows, "dim": problem.dim, "groups": problem.groups}
+    sizes = {"dim": problem.dim, "groups": problem.groups, "row_length": problem.length}
     for name, t in sequence.items():
         key = "grad" if name == "du" else name
         sizes |= {f"{key}_batch": t.stride(0), f"{key}_dim": t.stride(1), f"{key}_step": t.stride(2)}
@@ -448,6 +465,10 @@ def _describe(
             sizes |= {f"{name}_{a}": t.stride(k) for k, a in enumerate(("batch", "group", "state", "step"))}
     sizes["wide_offsets"] = int(i.cu_seqlens is not None and i.cu_seqlens.dtype == torch.int64)
     return variants(problem, config, (aligned[0], aligned[1], aligned[2]), (axes[0], axes[1])), sizes
+
+
+def _extent(problem: Problem) -> dict[str, int]:
+    return {"length": problem.length, "rows": problem.rows}
 
 
 def _pointers(inputs: Inputs, **others: Tensor | None) -> dict[str, int]:
@@ -514,6 +535,63 @@ def _prepare_entering(
     return enter
 
 
+def _prepare_expanding(problem: Problem, expand: Variant, sizes: dict[str, int]) -> Launch:
+    """Write, from the states that the forward kept, those that enter the tiles of the backward."""
+    segment, tile = problem.checkpoint, expand.defines["CHECKPOINT"]
+    # a block's start costs about a tile of 16 steps: it gets some eight that it does not skip
+    span = segment * _ceil(128, segment - tile)
+    blocks, splits = _block_count(problem, expand.config), _ceil(problem.length, span)
+    slots = problem.length // span + problem.rows if problem.sequences else splits * problem.rows
+    sizes = sizes | {"splits": splits, "span": span, "blocks": blocks}
+    return expand.kernel().prepare(blocks * slots, expand.config.threads, expand.shared_bytes, sizes)
+
+
+class Window(NamedTuple):
+    """A part of a backward's rows and of their time."""
+
+    row: int
+    rows: int
+    step: int
+    steps: int
+
+
+def _windows(problem: Problem, config: Config) -> list[Window]:
+    """The parts that a backward is done in: some rows after others, of each the last steps first.
+
+    As few as keep the states that enter tiles within ``SCRATCH`` bytes, or within those of one row from a kept state to
+    the next. One part where the forward kept all of these states, and of packed rows, which begin at any step.
+    """
+    if problem.sequences or not _expanding(problem, config):
+        return [Window(0, problem.batch, 0, problem.length)]
+    segments = _ceil(problem.length, problem.checkpoint)
+    most = max(1, SCRATCH // (4 * problem.dim * problem.state * (problem.checkpoint // config.tile)))
+    rows = _ceil(problem.batch, _ceil(problem.batch, most))
+    steps = _ceil(segments, _ceil(segments, most // rows)) * problem.checkpoint
+    return [
+        Window(row, min(rows, problem.batch - row), step, min(steps, problem.length - step))
+        for row in range(0, problem.batch, rows)
+        for step in reversed(range(0, problem.length, steps))
+    ]
+
+
+def _window_strides(problem: Problem, sizes: dict[str, int], shape: dict[str, int]) -> dict[str, tuple[int, int, int]]:
+    """Of each tensor of which a backward's windows have a part, the bytes from a row to the next, from a kept state and
+    from a slot of spans. shape: values of a slot's part of the sums that have one."""
+    item, per_state = ITEMSIZE[problem.dtype], 4 * problem.dim * problem.state
+    like = {name: name for name in ("u", "delta", "z", "dout")} | dict.fromkeys(("du", "ddelta", "dz", "y"), "grad")
+    like |= {name: name for name, fixed in (("B", problem.constant_B), ("C", problem.constant_C)) if not fixed}
+    steps = problem.checkpoint
+    found = {
+        name: (item * sizes.get(f"{t}_batch", 0), item * sizes.get(f"{t}_step", 0) * steps, 0)
+        for name, t in like.items()
+    }
+    for name in like.keys() & {"B", "C"}:
+        found[f"d{name}"] = 4 * problem.groups * problem.state * problem.length, 4 * steps, 0
+    found["kept"] = per_state * _ceil(problem.length, steps), per_state, 0
+    found |= dict.fromkeys(("last_state", "dinitial_state"), (per_state, 0, 0))
+    return found | {name: (0, 0, 4 * values) for name, values in shape.items()}
+
+
 def _prepare_spread(
     problem: Problem, scan: Variant, sizes: dict[str, int]
 ) -> Callable[[Tensor, dict[str, int]], Tensor] | None:
@@ -549,7 +627,7 @@ def prepare_forward(
     (*first, scan), sizes = _describe(problem, inputs, config, {"out": outputs.out})
     splits, span, slots = _spans(problem, config)
     blocks = _block_count(problem, config)
-    sizes |= {"splits": splits, "span": span, "blocks": blocks, "finer": 1}
+    sizes |= _extent(problem) | {"splits": splits, "span": span, "blocks": blocks, "finer": 1}
     enter = _prepare_entering(problem, config, first[0], sizes) if first else None
     spread = _prepare_spread(problem, scan, sizes) if config.relay else None
     launch = scan.kernel().prepare(blocks * slots, config.threads, scan.shared_bytes, sizes)
@@ -577,25 +655,39 @@ def prepare_backward(
 ) -> Callable[[Inputs, Kept, Cotangents, Gradients], None]:
     """``backward`` for all tensors of this signature, as ``prepare_forward`` has it."""
     (*first, scan), sizes = _describe(problem, inputs, config, {"dout": cotangents.dout, "du": gradients.du})
-    splits, span, slots = _spans(problem, config)
+    passes = {variant.defines["MODE"]: variant for variant in first}
     blocks = _block_count(problem, config)
-    sizes |= {"splits": splits, "span": span, "blocks": blocks, "finer": config.finer}
-    enter = None
-    if first:
-        # the adjoint pass walks dout where the forward's walks u
-        swapped = {f"u_{axis}": sizes[f"dout_{axis}"] for axis in ("batch", "dim", "step")}
-        enter = _prepare_entering(problem, config, first[0], sizes | swapped)
+    windows = _windows(problem, config)
+    whole = len(windows) == 1
+    parts = [problem if whole else dataclasses.replace(problem, batch=w.rows, length=w.steps) for w in windows]
+    slots = [_spans(part, config)[2] for part in parts]
 
     # where the kernel adds (or, deterministic, stores its part of) each sum
-    parts: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    of_slot: dict[str, int] = {}
     if problem.deterministic:
         for name in SUMS:
             if (total := getattr(gradients, name)) is not None:
                 variable = name in ("dB", "dC") and total.ndim == 4
-                parts[name] = (blocks // problem.groups if variable else slots, *total.shape)
+                shapes[name] = (blocks // problem.groups if variable else sum(slots), *total.shape)
                 if variable:
                     sizes["bc_partial"] = total.numel()
-    launch = scan.kernel().prepare(blocks * slots, config.threads, scan.shared_bytes, sizes)
+                else:
+                    of_slot[name] = total.numel()
+
+    @functools.cache
+    def prepare(part: Problem) -> tuple[Launch | None, Callable[[Tensor, dict[str, int]], Tensor] | None, Launch]:
+        splits, span, slots = _spans(part, config)
+        own = sizes | _extent(part) | {"splits": splits, "span": span, "blocks": blocks, "finer": config.finer}
+        # the adjoint pass walks dout where the forward's walks u
+        swapped = {f"u_{axis}": own[f"dout_{axis}"] for axis in ("batch", "dim", "step")}
+        expand = _prepare_expanding(part, passes[EXPAND], own) if EXPAND in passes else None
+        enter = _prepare_entering(part, config, passes[ADJOINT], own | swapped) if splits > 1 else None
+        return expand, enter, scan.kernel().prepare(blocks * slots, config.threads, scan.shared_bytes, own)
+
+    prepared = [prepare(part) for part in parts]
+    made = [dataclasses.replace(part, checkpoint=config.tile).checkpoints for part in parts]  # slots of states
+    strides = _window_strides(problem, sizes, of_slot)
 
     def run(inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients) -> None:
         u, g = inputs.u, gradients
@@ -603,20 +695,38 @@ def prepare_backward(
             inputs, states=kept.states, y=kept.y, dout=cotangents.dout, last_state=cotangents.dlast_state, du=g.du,
             ddelta=g.ddelta, dz=g.dz, dinitial_state=g.dinitial_state,
         )  # fmt: skip
-        if enter is not None:
-            scratch = enter(u, swapped := pointers | {"u": pointers["dout"]})  # noqa: F841 - held until the scan is launched
-            pointers["span_end"] = swapped["span_end"]
         sums = {name: total for name in SUMS if (total := getattr(g, name)) is not None}
         if problem.deterministic:
             # a packed slot that no sequence owns stays zero
             make = u.new_zeros if problem.sequences else u.new_empty
-            added = {name: make(shape, dtype=torch.float32) for name, shape in parts.items()}
+            added = {name: make(shape, dtype=torch.float32) for name, shape in shapes.items()}
         else:
             torch._foreach_zero_(list(sums.values()))
             added = sums
         for name, part in added.items():
             pointers[name] = part.data_ptr()
-        launch(pointers)
+        if EXPAND in passes:
+            states = u.new_empty((max(made), problem.dim, problem.state), dtype=torch.float32)
+            pointers |= {"kept": pointers["states"], "states": states.data_ptr()}
+        if not whole:
+            # the adjoint that leaves a window enters the next; blocks of one may write it while others still read
+            handed = u.new_empty((2, windows[0].rows, problem.dim, problem.state), dtype=torch.float32)
+        for k, (window, (expand, enter, launch)) in enumerate(zip(windows, prepared, strict=True)):
+            at = pointers
+            if not whole:
+                first = window.row, window.step // problem.checkpoint, sum(slots[:k])
+                named = pointers.keys() & strides.keys()
+                at = pointers | {n: pointers[n] + sum(map(operator.mul, first, strides[n])) for n in named}
+                if window.step + window.steps < problem.length:
+                    at["last_state"] = handed[k % 2].data_ptr()
+                if window.step > 0:
+                    at["dinitial_state"] = handed[(k + 1) % 2].data_ptr()
+            if expand is not None:
+                expand(at)
+            if enter is not None:
+                scratch = enter(u, swapped := at | {"u": at["dout"]})  # noqa: F841 - held until the scan is launched
+                at["span_end"] = swapped["span_end"]
+            launch(at)
         if problem.deterministic:
             for name, part in added.items():
                 torch.sum(part, 0, out=sums[name])

@@ -1,4 +1,4 @@
-// Gradients of the selective scan: the state is recomputed from the states the forward kept, never stored.
+// Gradients of the selective scan: the state is recomputed from the states that enter every tile, never stored.
 //
 // LANES lanes share a channel, each with PER of its states; PER_WARP channels make a group, and a block owns GROUPS groups
 // over one span of a row. Its warps take the span's tiles of TILE steps in turn, last first, and walk all groups of a
@@ -16,8 +16,8 @@
 // Copies, finish and stage are independent of the sweep around them and fill the gaps of its chains; between the waits
 // for copies and for the turn, an item has no branch.
 //
-// Where states are kept less often than every TILE steps (SUBTILES > 1), the states that enter a tile are recomputed
-// first, into shared memory.
+// The states that enter tiles (CHECKPOINT is TILE) are those that the forward kept or, where it kept fewer, those that
+// its MODE 3 wrote from them just before, for the window of rows and time that is at hand: cuda.py says of what size.
 //
 // Where channels are too few to fill the GPU, time is split over blocks, too; the adjoints that enter the spans come from
 // the scan's MODE 2, over parts `finer` times as many, and `combine`.
@@ -32,12 +32,11 @@
 // an item.
 
 constexpr int T = TILE;
-constexpr int SUBTILES = CHECKPOINT / T;
 constexpr bool SUM_Y = HAS_Z && !KEEP_Y;                    // y = C h + D u is computed anew
 constexpr int RING = 4;                                     // items in flight, and the one at hand
 constexpr bool LOAD_AHEAD = DTYPE == 1 && !CONST_B && !CONST_C;  // where registers allow
 constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow more
-static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT % T == 0 && SUBTILES > 0, "invalid configuration");
+static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT == T, "invalid configuration");
 
 constexpr int STEPS = LANES < T ? T / LANES : 1;            // that a lane owns of its channel's, from s STEPS on
 
@@ -86,11 +85,11 @@ constexpr int LINE_BYTES = PIECES * COPY;
 constexpr int PART_BYTES = (LINES * LINE_BYTES + 15) / 16 * 16;
 constexpr int COPIES = PARTS * LINES * PIECES, ROUNDS = (COPIES + 31) / 32;
 // rounds whose addresses are kept, not computed anew: where registers allow (from 10.0 on, ptxas needs more of them)
-constexpr int MOST_KEPT = DTYPE != 1 && (SUBTILES > 1 || __CUDA_ARCH__ >= 1000) ? 1 : 2;
+constexpr int MOST_KEPT = DTYPE != 1 && __CUDA_ARCH__ >= 1000 ? 1 : 2;
 constexpr int KEPT_ROUNDS = ROUNDS <= MOST_KEPT && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;
 constexpr int KEPT_COPY = STATE % 4 == 0 && PER_WARP * STATE >= 128 ? 16 : STATE % 2 == 0 ? 8 : 4;
 constexpr int KEPT_PIECES = STATE * 4 / KEPT_COPY, KEPT_STEPS = (PER_WARP * KEPT_PIECES + 31) / 32;
-constexpr int KEPT_BYTES = SUBTILES == 1 ? PER_WARP * STATES * 4 : 0;
+constexpr int KEPT_BYTES = PER_WARP * STATES * 4;
 constexpr int SLOT_BYTES = PARTS * PART_BYTES + KEPT_BYTES;
 
 // A lane's own steps of its channel of one tensor; shift_of(i): of the line of the i-th, in elements.
@@ -270,9 +269,6 @@ struct alignas(16) Warp {
   alignas(16) u32 raw_B[CONST_B ? 1 : Projection_B::RAW];
   alignas(16) u32 raw_C[CONST_C ? 1 : Projection_C::RAW];
   alignas(16) u32 y[KEEP_Y ? 32 : 1][(STEPS * ITEM + 3) / 4];  // of the lane's steps of the item at hand
-  // states that enter the tile, group by group, and dt, x of a tile before it
-  alignas(16) float enter[SUBTILES > 1 ? GROUPS : 1][SUBTILES > 1 ? 32 : 1][SUBTILES > 1 ? PER : 1];
-  alignas(16) float early[SUBTILES > 1 ? 2 : 1][SUBTILES > 1 ? PER_WARP : 1][SUBTILES > 1 ? T : 1];
 };
 struct Shared {
   Task task;
@@ -358,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
   const i64 bc_first = PARTIALS ? task.block % (p.blocks / p.groups) * p.bc_partial : 0;
   const i64 bc_row = ((i64)batch() * p.groups + ch.group) * STATE + s * PER;
-  mine.sums[lane] = bc_first + bc_row * p.length + w.first + w.begin + own_share(channel);
+  mine.sums[lane] = bc_first + bc_row * p.row_length + w.first + w.begin + own_share(channel);
 
   __syncthreads();
 
@@ -390,15 +386,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       const int bytes = bytes_of(line, piece, left + (DIM_LAYOUT ? 0 : shift), live + (DIM_LAYOUT ? shift : 0));
       copy_async<COPY>(to + part * PART_BYTES + line * LINE_BYTES + piece * COPY, from + piece * COPY, bytes);
     }
-    if constexpr (SUBTILES == 1) {
-      const float* const from = p.states + ((w.states + w.begin / T + tile) * p.dim + ch.first + c * PER_WARP) * STATE;
+    const float* const from = p.states + ((w.states + w.begin / T + tile) * p.dim + ch.first + c * PER_WARP) * STATE;
 #pragma unroll
-      for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
-        const int i = lane + r * 32, line = i / KEPT_PIECES, piece = i % KEPT_PIECES;
-        if (PER_WARP * KEPT_PIECES % 32 != 0 && i >= PER_WARP * KEPT_PIECES) continue;
-        copy_async<KEPT_COPY>(to + PARTS * PART_BYTES + line * STATES * 4 + piece * KEPT_COPY,
-                              from + line * STATE + piece * (KEPT_COPY / 4), line < live ? KEPT_COPY : 0);
-      }
+    for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
+      const int i = lane + r * 32, line = i / KEPT_PIECES, piece = i % KEPT_PIECES;
+      if (PER_WARP * KEPT_PIECES % 32 != 0 && i >= PER_WARP * KEPT_PIECES) continue;
+      copy_async<KEPT_COPY>(to + PARTS * PART_BYTES + line * STATES * 4 + piece * KEPT_COPY,
+                            from + line * STATE + piece * (KEPT_COPY / 4), line < live ? KEPT_COPY : 0);
     }
   };
   auto fetch_bc = [&](int tile) {
@@ -516,71 +510,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     if (HAS_Z) write_own(out_at + to_dz, y, p.grad_step, out_count);
   };
 
-#if CHECKPOINT > TILE
-  // The states that enter a tile, from those kept before it.
-  auto enter_tile = [&](int tile) {
-    const int before = tile % SUBTILES, base = tile - before;
-#pragma unroll 1
-    for (int c = 0; c < groups; c++) {
-      const i64 d = ch.first + c * PER_WARP + channel;
-      const float* const kept = p.states + ((w.states + w.begin / CHECKPOINT + base / SUBTILES) * p.dim + d) * STATE + s * PER;
-      float h[PER];
-#pragma unroll
-      for (int k = 0; k < PER; k++) h[k] = exists(c) && s * PER + k < STATE ? kept[k] : 0.f;
-      set(mine.enter[c][lane], h);
-    }
-    float* const dt_row = mine.early[0][channel];
-    float* const x_row = mine.early[1][channel];
-#pragma unroll 1
-    for (int r = 0; r < before; r++) {
-      __syncwarp();
-      const int t0 = w.begin + (base + r) * T;
-      if constexpr (!CONST_B) Projection<B_AXIS, 0>::store(mine.B, nullptr, row_B(), p.B_state, p.B_step, t0, T, B_SCALE);
-      float next_u[STEPS], next_delta[STEPS];
-      auto load = [&](int c) {
-        const i64 d = exists(c) ? ch.first + c * PER_WARP + channel : ch.first;
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-          const i64 at = w.first + w.begin + (base + r) * T + step + i, row = batch();
-          next_u[i] = to_float(__ldg((const scalar*)p.u + row * p.u_batch + d * p.u_dim + at * p.u_step));
-          next_delta[i] = to_float(__ldg((const scalar*)p.delta + row * p.delta_batch + d * p.delta_dim + at * p.delta_step));
-        }
-      };
-      load(0);
-#pragma unroll 1
-      for (int c = 0; c < groups; c++) {
-        const float bias = shared.groups[c == 0 ? groups - 1 : c - 1].near[channel].x;
-        float dt[STEPS], x[STEPS], h[PER], A[PER];
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-          const StepSize size = step_size(next_delta[i] + bias);
-          dt[i] = size.dt, x[i] = exists(c) ? next_u[i] * size.factor : 0.f;
-        }
-        if (c + 1 < groups) load(c + 1);
-        __syncwarp();
-        if (owns) set(dt_row + step, dt), set(x_row + step, x);
-        get(h, mine.enter[c][lane]), get(A, shared.groups[c].A[lane]);
-        __syncwarp();
-#pragma unroll
-        for (int t4 = 0; t4 < T; t4 += 4) {
-          float dt4[4], x4[4];
-          get(dt4, dt_row + t4), get(x4, x_row + t4);
-#pragma unroll
-          for (int k = 0; k < PER; k++) {
-            float b[4];
-            if constexpr (CONST_B) b[0] = b[1] = b[2] = b[3] = shared.groups[c].fixed_B[0][lane][k];
-            else four(b, mine.B, k, t4);
-#pragma unroll
-            for (int j = 0; j < 4; j++) h[k] = fmaf(decay_of(dt4[j], A[k]), h[k], x4[j] * b[j]);
-          }
-        }
-        set(mine.enter[c][lane], h);
-      }
-    }
-    __syncwarp();
-  };
-#endif
-
   // ---- the walk
   int ahead_tile = tiles - 1 - warp, ahead_c = 0;  // the item to be copied next
   // Where the lane's pieces of the item to be copied next lie, of inputs and of kept states; what leads over to the next
@@ -626,16 +555,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (COPIES % 32 == 0 || lane + r * 32 < COPIES)
           copy_async_or_zero<COPY>((unsigned)ahead_tile < (unsigned)tiles_below[r] && ahead_c < groups_below[r],
                                    copy_to + slot + r * 32 * COPY, ahead_from[r]);
-      if constexpr (SUBTILES == 1) {
 #pragma unroll
-        for (int r = 0; r < KEPT_STEPS; r++) {
-          const int i = lane + r * 32, line = i / KEPT_PIECES;
-          unsigned char* const padded = mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
-          if (PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES)
-            copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r],
-                                          STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY : padded,
-                                          ahead_kept + r * 32 * KEPT_COPY);
-        }
+      for (int r = 0; r < KEPT_STEPS; r++) {
+        const int i = lane + r * 32, line = i / KEPT_PIECES;
+        unsigned char* const padded = mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
+        if (PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES)
+          copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r],
+                                        STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY : padded,
+                                        ahead_kept + r * 32 * KEPT_COPY);
       }
     }
     copies_commit();
@@ -668,9 +595,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   int round = warp > 0 ? 0 : 1;  // parity of the turns that this warp has had of each group; nobody comes before its first
 #pragma unroll 1
   for (int tile = last_tile; tile >= 0; tile -= WARPS, round ^= 1) {
-#if CHECKPOINT > TILE
-    enter_tile(tile);
-#endif
     copies_wait<0>();
     store_bc(tile);
     __syncwarp();
@@ -696,8 +620,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       fetch_next(last_slot);
       const float* const rows = own_rows + half;
       float* const others = own_elements + (HALF - half);
-      const float* const entering = mine.enter[SUBTILES > 1 ? c : 0][SUBTILES > 1 ? lane : 0];
-      const float* const kept = SUBTILES == 1 ? (const float*)(own_kept + slot) : entering;
+      const float* const kept = (const float*)(own_kept + slot);
       last_slot = slot;
       slot = slot == (RING - 1) * SLOT_BYTES ? 0 : slot + SLOT_BYTES;
       float A[PER], h[PER], b_fixed[PER], c_fixed[PER];
@@ -815,7 +738,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       for (int k = 0; k < PER; k++) {
         sum_channels(sum[k], lane);
         const int count = s * PER + k < STATE && channel % ALIKE == 0 ? steps - tile * T - own_share(channel) : 0;
-        float* const at = to + k * p.length + tile * T;
+        float* const at = to + k * p.row_length + tile * T;
 #pragma unroll
         for (int i = 0; i < SHARE; i += 4) {
           float v[4];

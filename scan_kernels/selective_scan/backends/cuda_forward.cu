@@ -1,8 +1,10 @@
 // Selective scan, forward in time and, for the adjoint, backward in time, without ever storing the state.
 //
-// One kernel, three uses (MODE): 0 the scan itself; 1 only the state that leaves a span that is entered with zero
+// One kernel, four uses (MODE): 0 the scan itself; 1 only the state that leaves a span that is entered with zero
 // (span_end) and the span's sum of Δ log2(e) (span_time), so that `combine` can find every span's entering state when
-// a row's time is split over blocks; 2 the same for the adjoint recurrence g <- exp(ΔA)(g + C dy), running backwards.
+// a row's time is split over blocks; 2 the same for the adjoint recurrence g <- exp(ΔA)(g + C dy), running backwards;
+// 3 only the states that enter every CHECKPOINT-th step (states), for a backward whose tiles have so many, from those
+// that a forward kept every KEPT steps (kept): it starts anew at each of them and skips the steps that none needs.
 //
 // A block owns CHANNELS channels over one span of a row and walks it in tiles of TILE steps; each warp, PER_WARP of them:
 //   device memory --cp.async--> slots --registers, softplus--> shared tiles dt = Δ log2(e), x = Δu [channel][step]
@@ -21,20 +23,28 @@
 // Costs per (state, step) of a lane: 2 FMUL, 1 MUFU, 2 FFMA and half a shared load of 16 bytes (B, C); float32 data
 // take 8 more for their decays, an exponential on the FMA pipe (POLYNOMIAL of 32) 10 more and no MUFU. Per step and
 // lane: half a shared load of 16 bytes (dt, x), and for the sum over the states (LANES-1)/LANES (1 SHFL, 1 FADD, 2 SEL).
+// MODE 3 has no C and no sum: 1 FFMA and half the loads of B, C fewer.
 // A relay's tile of LANES 4, PER 4, bf16: about 700 instructions a warp, 76 of them MUFU; from a turn's start to its end
 // 158, or fewer, the more steps are ready AHEAD.
 
 constexpr int G = LANES < 4 ? 4 : LANES > 16 ? 16 : LANES;  // steps whose y are reduced together
 constexpr int UNROLL = PER * G <= 32 ? 4 : 1;
 static_assert(TILE % 16 == 0, "invalid configuration");
-constexpr bool USE_B = MODE != 2, USE_C = MODE != 1;
-constexpr bool KEEP = MODE == 0 && CHECKPOINT > 0;  // the state that enters every CHECKPOINT-th step
+constexpr bool USE_B = MODE != 2, USE_C = MODE == 0 || MODE == 2;
+constexpr bool KEEP = (MODE == 0 || MODE == 3) && CHECKPOINT > 0;  // the state that enters every CHECKPOINT-th step
 constexpr int KEEP_EVERY = KEEP ? CHECKPOINT : 1;
+#if MODE == 3
+constexpr int SEGMENT = KEPT;                       // steps from one kept state to the next
+constexpr int NEEDED = (KEPT - CHECKPOINT + 15) / 16;  // tiles of a segment's steps before its last CHECKPOINT
+static_assert(TILE == 16 && KEPT % 16 == 0 && 16 % CHECKPOINT == 0 && CHECKPOINT < KEPT, "invalid configuration");
+#else
+constexpr int SEGMENT = TILE, NEEDED = 1;
+#endif
 constexpr int BC_TILES = (USE_B && !CONST_B) + (USE_C && !CONST_C);
 constexpr int TENSORS = 3 + (HAS_Z ? 1 : 0);  // slots: u twice, delta, z
 // In a relay, with few elements a tile, each lane finds but once where those of these tensors lie, and notes it.
 enum { AT_u, AT_delta, AT_z, AT_out, AT_B, AT_C, PLACES };
-constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS + (RELAY ? 2 * 32 * PLACES + 32 * PER : 0);
+constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS + (RELAY ? 2 * 32 * PLACES : 0) + (RELAY || MODE == 3 ? 32 * PER : 0);
 // steps whose x B a relay has ready when a warp's turn comes, and keeps ready
 constexpr int AHEAD = PER > 4 ? 2 : THREADS * MIN_BLOCKS <= 256 ? 16 : THREADS * MIN_BLOCKS <= 384 ? 4 : 2;
 constexpr int TURNS = RELAY ? WARPS / GROUPS : 1;  // warps that share channels and take turns
@@ -230,6 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   auto own_channel = [&]() { return first + (o.channel < count ? o.channel : 0); };
   i64* const places = (i64*)(dt_tile + WARP_FLOATS) - 32 * PLACES + lane;
   float* const rates = dt_tile + WARP_FLOATS - 64 * PLACES - 32 * PER + lane * PER;  // A, where registers are short
+  float* const kept_here = dt_tile + WARP_FLOATS - 32 * PER + lane * PER;            // MODE 3
   auto noted = [&](int which) { return (scalar*)places[32 * which]; };
   auto place = [&](int which, i64 dim_stride, i64 step_stride, int t0) {
     const i64 stride = DIM_LAYOUT ? step_stride : 1;
@@ -271,10 +282,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     fetch(raw_u + buffer * RAW_WORDS, PLACE(u, t0), p.u_step, n);
     fetch(raw_delta, PLACE(delta, t0), p.delta_step, n);
     if (HAS_Z && MODE == 2) fetch(raw_z, PLACE(z, t0), p.z_step, n);
+#if MODE == 3
+    if ((t0 - begin) % SEGMENT == 0) {  // the kept state, of which a lane reads what it copied
+      const i64 row = PACKED ? row_first / SEGMENT + w.row : w.row * ((p.row_length + SEGMENT - 1) / SEGMENT);
+      const float* const from = p.kept + ((row + t0 / SEGMENT) * p.dim + d) * STATE + s * PER;
+      constexpr int WIDTH = PER % 4 == 0 && STATE % 4 == 0 ? 4 : 1;
+#pragma unroll
+      for (int k = 0; k < PER; k += WIDTH)
+        copy_async<4 * WIDTH>(kept_here + k, from + k, exists && s * PER + k < STATE ? 4 * WIDTH : 0);
+    }
+#endif
   };
 
-  const int tiles = (end - begin + TILE - 1) / TILE;
-  auto tile_start = [&](int i) { return begin + (MODE == 2 ? tiles - 1 - i : i) * TILE; };
+  int tiles = (end - begin + TILE - 1) / TILE;
+  if (MODE == 3) {
+    const int left = ((end - begin) % SEGMENT + TILE - 1) / TILE;  // of the last segment, if it is not whole
+    tiles = (end - begin) / SEGMENT * NEEDED + (left < NEEDED ? left : NEEDED);
+  }
+  auto tile_start = [&](int i) {
+    if (MODE == 3) return begin + i / NEEDED * SEGMENT + i % NEEDED * TILE;
+    return begin + (MODE == 2 ? tiles - 1 - i : i) * TILE;
+  };
   int buffer = 0, i = turn, odd = turn == 0;  // of the turns that this warp has had; nobody comes before the first
   Projection<B_AXIS, B_ALIGNED> next_B;
   Projection<C_AXIS, C_ALIGNED> next_C;
@@ -328,6 +356,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     if (!RELAY) load_projections(t0);
     copies_wait<RELAY ? 1 : 0>();  // in a relay, B and C may still be on their way
     const Extent n = extent_of(o, count, end - t0);
+    if (MODE == 3 && (t0 - begin) % SEGMENT == 0) {
+      get(h, kept_here);
+      keep_states(t0, h);
+    }
     {
       if (o.any) {
         Raw ru, rd, rz;
@@ -434,7 +466,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 #pragma unroll 1
     for (int j = 0; j < TILE && !RELAY; j += 16) {
       const int start = MODE == 2 ? TILE - 16 - j : j;
-      keep_states(t0 + start, h);
+      if (MODE == 0) keep_states(t0 + start, h);
 #pragma unroll(UNROLL)
       for (int m = 0; m < 16; m += G) {
         const int g0 = start + (MODE == 2 ? 16 - G - m : m);
@@ -442,10 +474,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 #pragma unroll
         for (int q = 0; q < G; q += 4) {
           const int g4 = g0 + (MODE == 2 ? G - 4 - q : q);
+          if (MODE == 3 && CHECKPOINT < 16 && (t0 - begin + g4) % SEGMENT >= SEGMENT - CHECKPOINT) break;
           float dt[4], x[4];
           four_steps(dt, dt_tile, channel, g4);
           four_steps(x, x_tile, channel, g4);
-          if (MODE != 0) time += (dt[0] + dt[1]) + (dt[2] + dt[3]);
+          if (MODE == 1 || MODE == 2) time += (dt[0] + dt[1]) + (dt[2] + dt[3]);
 #pragma unroll
           for (int j4 = 0; j4 < 4; j4++) {
             const int t = MODE == 2 ? 3 - j4 : j4;
@@ -466,6 +499,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
             }
             y[q + t] = sum;
           }
+          if (MODE == 3 && (g4 + 4) % CHECKPOINT == 0) keep_states(t0 + g4 + 4, h);
         }
         if constexpr (MODE == 0) {
           deliver(y, dt_tile, channel, s, lane, g0);
@@ -512,6 +546,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     }
   }
 
+  if (MODE == 3) return;
   if constexpr (RELAY) {  // the warp of the row's last tile has its last state
     if (channel >= task.ch.count - group * PER_WARP || turn != (tiles > 0 ? (tiles - 1) % TURNS : 0)) return;
   } else if (!exists) {
