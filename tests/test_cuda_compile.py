@@ -113,10 +113,12 @@ class Posed:
     deterministic: bool = False
     training: bool = True
     keep_y: bool = False
+    checkpoint: int = 0  # steps between kept states; 0: the default
 
     def problem(self, direction: str) -> Problem:
         problem = self.case.problem(direction, "cuda", training=self.training)
-        return dataclasses.replace(problem, deterministic=self.deterministic, keep_y=self.keep_y)
+        checkpoint = self.checkpoint or problem.checkpoint
+        return dataclasses.replace(problem, deterministic=self.deterministic, keep_y=self.keep_y, checkpoint=checkpoint)
 
 
 def mamba(name: str, **fields) -> Case:
@@ -172,6 +174,11 @@ OTHERS = [
     Posed(mamba("keeps y"), keep_y=True),
     Posed(mamba("keeps y, dim", layout="dim"), keep_y=True),
     Posed(mamba("keeps y, fp32, 24 states", dtype="float32", state=24), keep_y=True),
+    Posed(mamba("keeps half"), checkpoint=32),
+    Posed(mamba("keeps half, dim", layout="dim", dtype="float16"), checkpoint=32),
+    Posed(mamba("keeps half, fp32", dtype="float32"), checkpoint=32),
+    Posed(mamba("keeps half, packed", lengths=(2048, 1, 0, 8192, 700)), checkpoint=32),
+    Posed(mamba("keeps a quarter, constant B, C", constant_B=True, constant_C=True), checkpoint=64),
     Posed(mamba("few channels", batch=2, dim=12, length=67, dtype="float32")),
 ]  # fmt: skip
 
@@ -253,7 +260,7 @@ def test_every_kind_of_kernel_is_compiled():
         for name, value in kernel.variant.defines.items():
             seen[kernel.device.arch].setdefault(name, set()).add(value)
     for arch in seen:
-        assert seen[arch]["MODE"] == {cuda.SCAN, cuda.LEAVE, cuda.ADJOINT}
+        assert seen[arch]["MODE"] == {cuda.SCAN, cuda.LEAVE, cuda.ADJOINT, cuda.EXPAND}
         assert seen[arch]["DTYPE"] == set(cuda.DTYPES.values())
         for name in ("PARTIALS", "DIM_LAYOUT", "ALIGNED", "B_ALIGNED"):
             assert seen[arch][name] == {0, 1}, (arch, name)

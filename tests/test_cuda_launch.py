@@ -68,6 +68,7 @@ CASES = [
     Case("constant", batch=2, dim=40, length=300, constant_B=True, constant_C=True),
     Case("packed", dim=40, lengths=(700, 0, 1, 1500), initial_state=True),
     Case("misaligned", batch=2, dim=40, length=301, offset=1, dtype="bfloat16"),
+    Case("fewer kept", batch=2, dim=40, length=300, state=32),
 ]
 
 
@@ -143,7 +144,12 @@ def check_pointers(tensors, params):
         named |= tensors[1]._asdict()
     else:
         _, kept, cotangents, gradients = tensors
-        named |= {"states": kept.states, "dout": cotangents.dout, "last_state": cotangents.dlast_state}
+        # where states that enter tiles are made of them, those are the scan's
+        named |= {
+            "kept" if params["kept"] else "states": kept.states,
+            "dout": cotangents.dout,
+            "last_state": cotangents.dlast_state,
+        }
         # sums may be made of parts first
         named |= {k: g for k, g in gradients._asdict().items() if k not in cuda.SUMS}
     for name, t in named.items():

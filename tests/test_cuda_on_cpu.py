@@ -108,12 +108,96 @@ def test_rows_too_short_to_average_out_an_error(length, layout, monkeypatch, tmp
     assert right(case, FORWARD, BACKWARD)
 
 
-@pytest.mark.parametrize("fields", [{"keep_y": True}, {"checkpoint": 32}], ids=str)
-def test_whatever_the_forward_kept(fields, monkeypatch, tmp_path):
+def test_with_y_kept(monkeypatch, tmp_path):
     emulator = install(monkeypatch, tmp_path)
     case = dataclasses.replace(SMALL, dtype="bfloat16", length=96)
-    assert right(case, FORWARD, BACKWARD, **fields)
+    assert right(case, FORWARD, BACKWARD, keep_y=True)
     assert emulator.races == 0
+
+
+# a backward's configuration, steps from one kept state to the next, more than its tile's, and the case
+FEW_KEPT = {
+    "bf16": (BACKWARD, 32, {"dtype": "bfloat16", "length": 97}),
+    "fp32": (BACKWARD, 32, {"length": 96}),
+    "dim": (BACKWARD, 32, {"dtype": "bfloat16", "layout": "dim", "length": 97, "dim": 40}),
+    "fp32 dim, 48": (BACKWARD, 48, {"layout": "dim", "length": 200}),
+    "less than a tile": (BACKWARD, 32, {"length": 9, "batch": 2}),
+    "cut": (dataclasses.replace(BACKWARD, splits=3), 32, {"length": 197, "dtype": "float16"}),
+    "packed": (BACKWARD, 32, {"lengths": (70, 0, 1, 33, 9), "dtype": "bfloat16"}),
+    "packed, cut": (dataclasses.replace(BACKWARD, splits=2), 32, {"lengths": (70, 0, 1, 133), "layout": "dim"}),
+    "tiles of 8": (dataclasses.replace(BACKWARD, tile=8), 16, {"length": 77}),
+    "64 states": (
+        Config(32, 2, 16, 2, groups=3, relay=1),
+        64,
+        {"dtype": "bfloat16", "state": 64, "dim": 6, "length": 200},
+    ),
+    "64 states fp32": (Config(32, 2, 16, 2, groups=3, relay=1), 64, {"state": 64, "dim": 6, "length": 130}),
+    "160 states": (
+        Config(32, 2, 4, 2, groups=2, relay=1),
+        32,
+        {"dtype": "bfloat16", "state": 160, "dim": 6, "length": 77},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FEW_KEPT)
+def test_whatever_the_forward_kept(name, monkeypatch, tmp_path):
+    config, checkpoint, fields = FEW_KEPT[name]
+    emulator = install(monkeypatch, tmp_path)
+    case = dataclasses.replace(SMALL, **fields)
+    forward = Config(min(32, case.state // 4), 1, 16)
+    assert right(case, forward, config, checkpoint=checkpoint)
+    assert emulator.races == 0
+
+
+# how many segments of a row the windows may have, and how many windows that makes
+WINDOWS = {
+    "of all rows": (2, 4, BACKWARD, {"batch": 2, "length": 97, "dtype": "bfloat16"}, {}),
+    "of rows, deterministic": (2, 6, BACKWARD, {"batch": 3, "length": 80, "groups": 2}, {"deterministic": True}),
+    "too large for the limit": (
+        0,
+        6,
+        BACKWARD,
+        {"batch": 2, "length": 70, "layout": "dim", "dtype": "bfloat16"},
+        {"keep_y": True},
+    ),
+    "cut, deterministic": (
+        12,
+        3,
+        dataclasses.replace(BACKWARD, splits=4, finer=2),
+        {"batch": 2, "length": 400, "dtype": "bfloat16", "constant_B": True},
+        {"deterministic": True},
+    ),
+    "constant": (1, 8, BACKWARD, {"batch": 2, "length": 97, "constant_B": True, "constant_C": True}, {}),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_of_a_backward(name, monkeypatch, tmp_path):
+    segments, count, config, fields, more = WINDOWS[name]
+    emulator = install(monkeypatch, tmp_path)
+    case, more = dataclasses.replace(SMALL, **fields), more | {"checkpoint": 32}
+    monkeypatch.setattr(cuda, "SCRATCH", segments * 2 * 4 * case.dim * case.state)  # two tiles a segment
+    problem = dataclasses.replace(case.problem("backward", "cuda", training=True), **more)
+    assert len(cuda._windows(problem, config)) == count
+    assert right(case, FORWARD, config, **more)
+    assert emulator.races == 0
+
+
+def test_windows_cover_each_step_once_within_the_limit():
+    for batch, dim, state, length in ((8, 5120, 64, 2048), (64, 1536, 256, 500), (1, 2048, 128, 65536), (3, 8, 16, 1)):
+        case = Case("windows", batch=batch, dim=dim, state=state, length=length)
+        problem = dataclasses.replace(case.problem("backward", "cuda", training=True), checkpoint=64)
+        tile = 16 if state <= 64 else 1024 // state
+        windows = cuda._windows(problem, Config(32, 4, tile, relay=1))
+        assert sum(w.rows * w.steps for w in windows) == batch * length
+        for w in windows:
+            assert w.step % 64 == 0
+            assert w.rows * -(-w.steps // 64) * (64 // tile) * 4 * dim * state <= cuda.SCRATCH
+        rows = {w.row: [v for v in windows if v.row == w.row] for w in windows}
+        for of_row in rows.values():  # the last steps first, each where the one after it begins
+            assert [w.step + w.steps for w in of_row] == [length, *(w.step for w in of_row[:-1])]
+            assert of_row[-1].step == 0
 
 
 PLANTED = {

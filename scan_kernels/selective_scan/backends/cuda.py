@@ -402,8 +402,9 @@ def _expanding(problem: Problem, config: Config) -> Config | None:
     """Config of the pass that makes the states which enter a backward's tiles; None if the forward kept them all."""
     if problem.direction == "forward" or problem.checkpoint == config.tile:
         return None
-    lanes = max(1, _power_of_two(_ceil(problem.state, 8)))
-    return _forward(problem, lanes, 4 if problem.state <= 128 else 16, 16)
+    lanes = _power_of_two(_ceil(problem.state, 8))
+    warps, blocks = (4, 5) if problem.state <= 128 else (16, 1)  # without y it takes fewer registers than the forward
+    return Config(lanes, warps, 16, blocks)
 
 
 def variants(

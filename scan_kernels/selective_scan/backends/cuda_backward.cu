@@ -17,7 +17,8 @@
 // for copies and for the turn, an item has no branch.
 //
 // The states that enter tiles (CHECKPOINT is TILE) are those that the forward kept or, where it kept fewer, those that
-// its MODE 3 wrote from them just before, for the window of rows and time that is at hand: cuda.py says of what size.
+// the scan's MODE 3 wrote from them just before. What that takes is bounded: a launch is for a window of rows and time,
+// `length` of their row_length steps, and the adjoint goes from one to the one before it as dinitial_state, last_state.
 //
 // Where channels are too few to fill the GPU, time is split over blocks, too; the adjoints that enter the spans come from
 // the scan's MODE 2, over parts `finer` times as many, and `combine`.
