@@ -83,9 +83,7 @@ def _norms(x: np.ndarray, finite: np.ndarray) -> tuple[float, np.ndarray]:
     return float(np.sqrt((rows**2).sum())), rows
 
 
-def compare(
-    exact: np.ndarray, plain: np.ndarray, got: np.ndarray, floor: float
-) -> tuple[float, float, float, bool]:
+def compare(exact: np.ndarray, plain: np.ndarray, got: np.ndarray, floor: float) -> tuple[float, float, float, bool]:
     """(error, allowance, worst row's share of its allowance, accepted) of ``got`` against ``exact``.
 
     floor: what is allowed however good plain PyTorch is, as a share of the norm: ``FLOORS`` of the inputs' dtype.

@@ -82,6 +82,21 @@ CASES = {
     "backward bf16": (FORWARD, BACKWARD, {"dtype": "bfloat16", "length": 67, "dim": 72}),
     "backward fp32": (FORWARD, BACKWARD, {"dim": 40}),
     "backward dim": (FORWARD, BACKWARD, {"dtype": "float16", "layout": "dim", "dim": 40}),
+    "backward dim, batches of five and of one": (
+        FORWARD,
+        dataclasses.replace(BACKWARD, groups=5, splits=2),
+        {"dtype": "bfloat16", "layout": "dim", "dim": 72, "length": 70},
+    ),
+    "backward dim, whole vectors": (
+        FORWARD,
+        dataclasses.replace(BACKWARD, groups=6),
+        {"dtype": "bfloat16", "layout": "dim", "dim": 80, "length": 77},
+    ),
+    "backward dim, tiles of 8": (
+        FORWARD,
+        Config(16, 2, 8, relay=1),
+        {"layout": "dim", "dim": 40, "length": 70},
+    ),
     "backward cut": (FORWARD, dataclasses.replace(BACKWARD, splits=3), {"dtype": "bfloat16", "length": 128}),
     "backward of one warp": (FORWARD, dataclasses.replace(BACKWARD, warps=1, groups=5), {"dtype": "bfloat16"}),
     "backward of idle warps": (

@@ -525,7 +525,12 @@ def test_the_kernels_of_the_ceilings_do_what_is_counted():
             assert taken.shared * maker.BLOCKS <= 64 << 10
     ptx = intermediate(code)
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.DOTALL))
-    loops = {"multiply_add": "fma.rn", "ex2": "ex2.approx", "shuffle": "shfl.sync.bfly", "shared": "ld.shared.v4"}
+    loops = {
+        "multiply_add": "fma.rn",
+        "ex2": "ex2.approx",
+        "shuffle": "shfl.sync.bfly",
+        "shared": "ld.volatile.shared.v4",
+    }
     for name, instruction in loops.items():
         expected = maker.UNROLL * (1 if name == "shared" else maker.CHAINS)
         assert bodies[name].count(instruction) == expected, name

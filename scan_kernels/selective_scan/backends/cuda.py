@@ -141,12 +141,15 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
             warp += tiles * projection + 32 * per + 2 * 32 * 6
             return 4 * (config.warps * warp + config.groups * 32 * per)
         return 4 * (2 * tiles * projection + config.warps * warp)
-    item, rows = ITEMSIZE[problem.dtype], config.per_warp * config.tile
+    item, rows, batch = ITEMSIZE[problem.dtype], config.per_warp * config.tile, _batch(problem, config)
     projection = 4 * per * config.lanes * (4 if config.tile == 4 else config.tile + 4)
     copied = 128 * item * _ceil(per * config.lanes * config.tile // 4, 32)
-    lines, line = (config.tile, config.per_warp) if problem.layout == "dim" else (config.per_warp, config.tile)
-    part = _ceil(lines * max(line * item, (line // 2 + 1) * 4 if item == 2 else 0), 16) * 16
-    slot = (3 + problem.has_z) * part + config.per_warp * per * config.lanes * 4
+    dim, parts = problem.layout == "dim", 3 + problem.has_z
+    lines, line = (config.tile, batch * config.per_warp) if dim else (config.per_warp, config.tile)
+    apart = lines // (2 * config.steps) * 16 if dim else 0
+    part = _ceil(lines * max(line * item, (line // 2 + 1) * 4 if item == 2 else 0) + apart, 16) * 16
+    slot = (0 if dim else parts * part) + config.per_warp * per * config.lanes * 4
+    batches = 3 * parts * part + (parts - 1) * (lines * line * item + apart) + 256 * parts if dim else 48
     varying = 2 - problem.constant_B - problem.constant_C
 
     def room(needed: int | bool, floats: int) -> int:  # an array of as many floats, or of one
@@ -154,10 +157,17 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
 
     group = 128 * (3 * per + 2) + room(True, 2 * config.per_warp)
     group += (2 - varying) * 256 * per + varying * 16
-    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + 512
+    warp = 2 * (5 + problem.has_z) * rows * 4 + 4 * slot + batches + 512
     warp += varying * (projection + copied) + (2 - varying) * 32
     warp += room(problem.keep_y, 32 * _ceil(config.steps * item, 4))
-    return 112 + _ceil(8 * config.groups * config.warps, 16) * 16 + config.groups * group + config.warps * warp
+    return 144 + _ceil(8 * config.groups * config.warps, 16) * 16 + config.groups * group + config.warps * warp
+
+
+def _batch(problem: Problem, config: Config) -> int:
+    """Groups of channels of the backward that share lines of channel-contiguous memory."""
+    if problem.layout == "length":
+        return 1
+    return max(2, 32 // (config.per_warp * ITEMSIZE[problem.dtype]))
 
 
 def valid(problem: Problem, device: Any, config: Config) -> bool:
@@ -259,10 +269,13 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     found = []
     for warps, blocks in ((4, 2), (8, 1), (2, 4), (1, 8)):
         alike = []
-        for groups in range(1, min(MOST_GROUPS, _ceil(problem.dim // problem.groups, 32 // lanes)) + 1):
+        # whole vectors of 16 bytes where channels are contiguous
+        unit = 1 if problem.layout == "length" else max(1, 16 // (32 // lanes * ITEMSIZE[problem.dtype]))
+        most = _ceil(min(MOST_GROUPS, _ceil(problem.dim // problem.groups, 32 // lanes)), unit) * unit
+        for groups in range(unit, most + 1, unit):
             config = Config(lanes, warps, tile, blocks, groups=groups, relay=1)
             fits = (device.shared_memory + 1024) // (shared_bytes(problem, config) + 1024)
-            if groups > 1 and fits < blocks:
+            if groups > unit and fits < blocks:
                 break
             alike += _backward_splits(problem, config, device.units, max(1, min(blocks, fits)))
         found += sorted(alike, key=lambda f: f[0])[:3]
@@ -368,7 +381,7 @@ def _own_width(problem: Problem, config: Config) -> int:
     """Elements of a thread's widest single access to u: up to 16 bytes along time, 4 bytes along channels."""
     item = ITEMSIZE[problem.dtype]
     if problem.direction == "backward":
-        return min(config.per_warp if problem.layout == "dim" else config.tile, 16 // item)
+        return 16 // item if problem.layout == "dim" else min(config.tile, 16 // item)
     return min(config.own, (4 if problem.layout == "dim" else 16) // item)
 
 
@@ -448,7 +461,7 @@ def _describe(
         width = max(width, _own_width(problem, own))
     # a block starts at its group's first channel, a packed sequence at any step; a row ends with a whole vector
     if axis == 1:
-        starts = problem.groups == 1 or problem.dim // problem.groups % width == 0
+        starts = (problem.groups == 1 or problem.dim // problem.groups % width == 0) and config.channels % width == 0
     else:
         starts = not problem.sequences and problem.length % width == 0
     aligned = [starts and _is_aligned(list(sequence.values()), axis, width)]

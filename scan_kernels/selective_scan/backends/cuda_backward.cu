@@ -4,7 +4,8 @@
 // over one span of a row. Its warps take the span's tiles of TILE steps in turn, last first, and walk all groups of a
 // tile, each an item behind the warp before it: the adjoint of a group passes from warp to warp through shared memory
 // (Turn), so that time runs in parallel as well as channels. For an item, a group of channels over a tile, a lane
-//   copies    u, delta, dout, z and the kept states of the item three ahead, by cp.async, into a ring
+//   copies    u, delta, dout, z and the kept states of the item three ahead, by cp.async, into a ring (of channel-contiguous
+//             tensors one of the four, of a whole BATCH of items: as many channels as make a sector of memory)
 //   finishes  the item before: du, ddelta, dz of the steps it owns, to device memory
 //   stages    the next item: dt = Δ log2(e), x = Δu, dy = dout silu(z) and what `finish` needs, for the steps it owns
 //   sweeps    forward through the tile from the kept state, keeping h and exp(ΔA) of its states in registers; then back:
@@ -74,24 +75,35 @@ DEVICE void deposit(float* to, float v) {
 // ---- an item's inputs: T steps of PER_WARP channels of each tensor, as they lie in memory ---------------------------
 // Lines are contiguous in memory and copied in pieces. Where a line may start in the middle of a word (SHIFTED), the
 // words that hold it are copied, and what it is shifted by is found again from its address.
+//
+// Where channels are contiguous, an item's are less than memory moves at a time (a sector of 32 bytes), so BATCH items
+// share lines: they copy the parts of the batch after the next in turn, and their results leave together.
 
 constexpr int PARTS = HAS_Z ? 4 : 3;                        // u, delta, dout, z
+constexpr int BATCH = !DIM_LAYOUT ? 1 : PER_WARP * ITEM > 16 ? 2 : 32 / (PER_WARP * ITEM);
+constexpr int BATCHES = DIM_LAYOUT ? 3 : 0;                 // at hand, and two ahead
+constexpr int COPIED = DIM_LAYOUT ? 1 : PARTS;              // parts that are copied at a time
 constexpr int LINES = DIM_LAYOUT ? T : PER_WARP;
-constexpr int LINE = DIM_LAYOUT ? PER_WARP : T;             // elements
+constexpr int LINE = DIM_LAYOUT ? BATCH * PER_WARP : T;     // elements
 constexpr bool BY_PIECES = ALIGNED && LINE * ITEM >= 4;
 constexpr bool SHIFTED = !BY_PIECES && ITEM == 2;
 constexpr int COPY = !BY_PIECES || LINE * ITEM < 8 ? 4 : LINE * ITEM < 16 ? 8 : 16;  // bytes of a piece
 constexpr int PIECES = SHIFTED ? LINE / 2 + 1 : LINE * ITEM / COPY;
 constexpr int LINE_BYTES = PIECES * COPY;
-constexpr int PART_BYTES = (LINES * LINE_BYTES + 15) / 16 * 16;
-constexpr int COPIES = PARTS * LINES * PIECES, ROUNDS = (COPIES + 31) / 32;
+// Where lanes read a line each, 16 bytes more after every other lane's, so that they meet no bank twice.
+DEVICE constexpr int line_at(int line, int bytes) { return line * bytes + (DIM_LAYOUT ? line / (2 * STEPS) * 16 : 0); }
+constexpr int PART_BYTES = (line_at(LINES, LINE_BYTES) + 15) / 16 * 16;
+constexpr int COPIES = COPIED * LINES * PIECES, ROUNDS = (COPIES + 31) / 32;
 // rounds whose addresses are kept, not computed anew: where registers allow (from 10.0 on, ptxas needs more of them)
 constexpr int MOST_KEPT = DTYPE != 1 && __CUDA_ARCH__ >= 1000 ? 1 : 2;
-constexpr int KEPT_ROUNDS = ROUNDS <= MOST_KEPT && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;
+constexpr int KEPT_ROUNDS = !DIM_LAYOUT && ROUNDS <= MOST_KEPT && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;
 constexpr int KEPT_COPY = STATE % 4 == 0 && PER_WARP * STATE >= 128 ? 16 : STATE % 2 == 0 ? 8 : 4;
 constexpr int KEPT_PIECES = STATE * 4 / KEPT_COPY, KEPT_STEPS = (PER_WARP * KEPT_PIECES + 31) / 32;
 constexpr int KEPT_BYTES = PER_WARP * STATES * 4;
-constexpr int SLOT_BYTES = PARTS * PART_BYTES + KEPT_BYTES;
+constexpr int KEPT_AT = DIM_LAYOUT ? 0 : PARTS * PART_BYTES, SLOT_BYTES = KEPT_AT + KEPT_BYTES;
+// Results of a batch, du, ddelta and dz, as they will lie in memory: lines of pieces of 16 bytes.
+constexpr int OUT_BYTES = LINE * ITEM, OUT_PART = (line_at(LINES, OUT_BYTES) + 15) / 16 * 16;
+constexpr int OUT_PIECES = (OUT_BYTES + 15) / 16, OUT_ROUNDS = (LINES * OUT_PIECES + 31) / 32;
 
 // A lane's own steps of its channel of one tensor; shift_of(i): of the line of the i-th, in elements.
 template <class Shift>
@@ -262,6 +274,10 @@ struct alignas(16) Group {               // what a block keeps of a group of cha
 struct alignas(16) Warp {
   float elements[2][ROWS][PER_WARP][T];  // of the item at hand, and of the one before or after
   unsigned char ring[RING][SLOT_BYTES];
+  // inputs and results of batches; where, of the span's first tile, the lane's first piece of each part lies
+  alignas(16) unsigned char batches[DIM_LAYOUT ? BATCHES : 1][DIM_LAYOUT ? PARTS * PART_BYTES : 16];
+  alignas(16) unsigned char results[DIM_LAYOUT ? 2 + HAS_Z : 1][DIM_LAYOUT ? OUT_PART : 16];
+  alignas(16) i64 from[DIM_LAYOUT && BY_PIECES ? PARTS : 2][DIM_LAYOUT && BY_PIECES ? 32 : 1];
   // where, of the span's first tile, the lane's steps of du begin and its share of dB and dC goes
   i64 out[32];                           // in bytes, from du
   i64 sums[32];                          // in elements, from dB and dC alike
@@ -274,6 +290,7 @@ struct alignas(16) Warp {
 struct Shared {
   Task task;
   const void *row_B, *row_C;              // of the row's first step
+  i64 step_bytes[DIM_LAYOUT ? 4 : 2];     // from step to step of each part
   Turn turns[WARPS][GROUPS];             // when a warp may have a group
   Group groups[GROUPS];
   Warp warps[WARPS];
@@ -304,6 +321,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     task.there = locate(p, task.slot, task.w);
     task.ch = channels(p, task.block);
     const i64 row = PACKED ? 0 : task.w.row;
+    if constexpr (DIM_LAYOUT) {
+      shared.step_bytes[0] = p.u_step * ITEM, shared.step_bytes[1] = p.delta_step * ITEM;
+      shared.step_bytes[2] = p.dout_step * ITEM, shared.step_bytes[3] = p.z_step * ITEM;
+    }
     shared.row_B = (const scalar*)p.B + row * p.B_batch + task.ch.group * p.B_group + task.w.first * p.B_step;
     shared.row_C = (const scalar*)p.C + row * p.C_batch + task.ch.group * p.C_group + task.w.first * p.C_step;
   }
@@ -374,25 +395,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int bytes = (DIM_LAYOUT ? live : left) * ITEM - piece * COPY;
     return bytes < 0 || line >= (DIM_LAYOUT ? left : live) ? 0 : bytes > COPY ? COPY : bytes;
   };
-  auto fetch_item = [&](unsigned char* to, int tile, int c) {
+  auto fetch_parts = [&](unsigned char* to, int tile, int c, int first_part) {  // COPIED of them
     const int left = steps - tile * T, live = count - c * PER_WARP;
 #pragma unroll
-    for (int r = 0; r < (COPIES + 31) / 32; r++) {
+    for (int r = 0; r < ROUNDS; r++) {
       const int i = lane + r * 32 + (COPIES > 32 ? here() : 0);
-      const int part = i / (LINES * PIECES), line = i / PIECES % LINES, piece = i % PIECES;
+      const int part = first_part + i / (LINES * PIECES), line = i / PIECES % LINES, piece = i % PIECES;
       if (COPIES % 32 != 0 && i >= COPIES) continue;
       const char* from = address(part, c * PER_WARP, line, tile * T);
       const int shift = shift_of(from);
       if (SHIFTED) from = (const char*)((size_t)from & ~(size_t)3);
       const int bytes = bytes_of(line, piece, left + (DIM_LAYOUT ? 0 : shift), live + (DIM_LAYOUT ? shift : 0));
-      copy_async<COPY>(to + part * PART_BYTES + line * LINE_BYTES + piece * COPY, from + piece * COPY, bytes);
+      copy_async<COPY>(to + part * PART_BYTES + line_at(line, LINE_BYTES) + piece * COPY, from + piece * COPY, bytes);
     }
+  };
+  auto fetch_item = [&](unsigned char* to, int tile, int c) {
+    const int live = count - c * PER_WARP;
+    fetch_parts(to, tile, c, 0);
     const float* const from = p.states + ((w.states + w.begin / T + tile) * p.dim + ch.first + c * PER_WARP) * STATE;
 #pragma unroll
     for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
       const int i = lane + r * 32, line = i / KEPT_PIECES, piece = i % KEPT_PIECES;
       if (PER_WARP * KEPT_PIECES % 32 != 0 && i >= PER_WARP * KEPT_PIECES) continue;
-      copy_async<KEPT_COPY>(to + PARTS * PART_BYTES + line * STATES * 4 + piece * KEPT_COPY,
+      copy_async<KEPT_COPY>(to + KEPT_AT + line * STATES * 4 + piece * KEPT_COPY,
                             from + line * STATE + piece * (KEPT_COPY / 4), line < live ? KEPT_COPY : 0);
     }
   };
@@ -416,7 +441,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   auto stage_begin = [&](Elements& e, const unsigned char* raw, float bias, int tile, int c) {
     auto read_part = [&](float (&v)[STEPS], int part) {
       read_own(v, (const char*)raw + part * PART_BYTES, [&](int i) {
-        return shift_of(address(part, c * PER_WARP, DIM_LAYOUT ? step + i : channel, tile * T));
+        return shift_of(address(part, c / BATCH * BATCH * PER_WARP, DIM_LAYOUT ? step + i : channel, tile * T));
       });
     };
     read_part(e.u, 0), read_part(e.dt, 1), read_part(e.dy, 2);
@@ -481,6 +506,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       }
     }
   };
+  int put_at = line_at(step, OUT_BYTES) + channel * ITEM;  // of batches: the lane's steps of the item that is finished next
+  auto put_result = [&](int which, const float (&v)[STEPS]) {
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      const u32 w = pack(v[i], v[i]);
+      *(scalar*)(mine.results[which] + put_at + i * OUT_BYTES) = unbits(ITEM == 4 ? w : w & 0xffffu);
+    }
+  };
+  auto flush = [&](int tile, int c) {  // results of the batch that begins with group c of a tile, to device memory
+    const int left = steps - tile * T, first = c * PER_WARP;
+#pragma unroll
+    for (int r = 0; r < OUT_ROUNDS; r++) {
+      const int i = lane + r * 32, line = i / OUT_PIECES, piece = i % OUT_PIECES, at = line_at(line, OUT_BYTES) + piece * 16;
+      const int live = count - first - piece * (16 / ITEM);
+      if (line >= (left < LINES ? left : LINES) || live <= 0) continue;
+      char* const to = (char*)p.du + (batch() * p.grad_batch + (ch.first + first + piece * (16 / ITEM)) * p.grad_dim +
+                                      (w.first + w.begin + tile * T + line) * p.grad_step) * ITEM;
+#pragma unroll
+      for (int k = 0; k < 2 + HAS_Z; k++) {
+        char* const there = to + (k == 0 ? 0 : k == 1 ? to_ddelta : to_dz);
+        const uint4 v = *(const uint4*)(mine.results[k] + at);
+        if (BY_PIECES && live >= 16 / ITEM) {
+          *(uint4*)there = v;
+        } else {
+          const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int e = 0; e < 16 / ITEM; e++)
+            if (e < live) ((scalar*)there)[e] = unbits(ITEM == 4 ? words[e] : e & 1 ? words[e / 2] >> 16 : words[e / 2] & 0xffffu);
+        }
+      }
+    }
+  };
   auto finish = [&](const float* from, float skip, float2& so_far) {  // from: a lane's own elements
     float dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
     float gb[STEPS], ga[STEPS], y[STEPS];
@@ -506,9 +563,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       if (HAS_BIAS) total.y += ga[i];  // slope is 0 where nothing exists
     }
     so_far = total;
-    write_own(out_at, gb, p.grad_step, out_count);
-    write_own(out_at + to_ddelta, ga, p.grad_step, out_count);
-    if (HAS_Z) write_own(out_at + to_dz, y, p.grad_step, out_count);
+    if constexpr (DIM_LAYOUT) {
+      if (!owns) return;
+      put_result(0, gb), put_result(1, ga);
+      if (HAS_Z) put_result(2, y);
+    } else {
+      write_own(out_at, gb, p.grad_step, out_count);
+      write_own(out_at + to_ddelta, ga, p.grad_step, out_count);
+      if (HAS_Z) write_own(out_at + to_dz, y, p.grad_step, out_count);
+    }
   };
 
   // ---- the walk
@@ -543,12 +606,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   }
   // where in the first slot of the ring this lane's pieces go, and its steps and states lie
   unsigned char* const copy_to = pinned(mine.ring[0] + lane * COPY);
-  unsigned char* const keep_to = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * KEPT_COPY);
-  const unsigned char* const own_raw =
-      pinned(mine.ring[0] + (DIM_LAYOUT ? step * LINE_BYTES + channel * ITEM : channel * LINE_BYTES + step * ITEM));
-  const unsigned char* const own_kept = pinned(mine.ring[0] + PARTS * PART_BYTES + lane * PER * 4);
+  unsigned char* const keep_to = pinned(mine.ring[0] + KEPT_AT + lane * KEPT_COPY);
+  const unsigned char* const own_raw = pinned(DIM_LAYOUT ? mine.batches[0] + line_at(step, LINE_BYTES) + channel * ITEM
+                                                         : mine.ring[0] + channel * LINE_BYTES + step * ITEM);
+  const unsigned char* const own_kept = pinned(mine.ring[0] + KEPT_AT + lane * PER * 4);
+  // Of batches: where that of the item at hand begins, its items, the place of the item at hand, and the first item of the
+  // batch to be copied next, of which the item at hand copies its share of the parts.
+  constexpr int BATCH_BYTES = DIM_LAYOUT ? PARTS * PART_BYTES : 0;
+  int batch_at = 0, place = 0, part_tile = tiles - 1 - warp, part_c = 0;
+  const int last_batch = (groups - 1) / BATCH * BATCH;
+  auto items_from = [&](int c) { return groups - c < BATCH ? groups - c : BATCH; };
+  int batch_items = items_from(0);
+  auto batch_after = [&](int at) { return at == (BATCHES - 1) * BATCH_BYTES ? 0 : at + BATCH_BYTES; };
+  auto fetch_batch = [&](int to, int place, int items) {
+    if (part_tile < 0) return;
+#pragma unroll 1
+    for (int part = place; part < PARTS; part += items) {
+      if constexpr (BY_PIECES) {
+        const i64 from = mine.from[part][lane], step_bytes = shared.step_bytes[part];
+        const int left = steps - part_tile * T, live = count - part_c * PER_WARP;
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+          const int i = lane + r * 32, line = i / PIECES, piece = i % PIECES;
+          if (COPIES % 32 != 0 && i >= COPIES) continue;
+          copy_async<COPY>(mine.batches[0] + to + part * PART_BYTES + line_at(line, LINE_BYTES) + piece * COPY,
+                           (const char*)from + (part_tile * T + r * (32 / PIECES)) * step_bytes + part_c * (PER_WARP * ITEM),
+                           bytes_of(line, piece, left, live));
+        }
+      } else {
+        fetch_parts(mine.batches[0] + to, part_tile, part_c, part);
+      }
+    }
+  };
+  auto batch_fetched = [&]() {  // on to the next
+    part_c += BATCH;
+    if (part_c >= groups) part_c = 0, part_tile -= WARPS;
+  };
+  if constexpr (DIM_LAYOUT && BY_PIECES) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+      mine.from[part][lane] = (i64)(address(part, 0, lane / PIECES % LINES, 0) + lane % PIECES * COPY);
+  }
   auto fetch_next = [&](int slot) {  // slot: where it begins in the ring
-    if constexpr (KEPT_ROUNDS == 0) {
+    if constexpr (KEPT_ROUNDS == 0 && !DIM_LAYOUT) {
       if (ahead_tile >= 0) fetch_item(mine.ring[0] + slot, ahead_tile, ahead_c);
     } else {
 #pragma unroll
@@ -559,7 +659,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
       for (int r = 0; r < KEPT_STEPS; r++) {
         const int i = lane + r * 32, line = i / KEPT_PIECES;
-        unsigned char* const padded = mine.ring[0] + slot + PARTS * PART_BYTES + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
+        unsigned char* const padded = mine.ring[0] + slot + KEPT_AT + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
         if (PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES)
           copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r],
                                         STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY : padded,
@@ -583,6 +683,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const int last_tile = tiles - 1 - warp;
   if (last_tile >= 0) {
     fetch_bc(last_tile);
+    if constexpr (DIM_LAYOUT) {
+#pragma unroll 1
+      for (int i = 0; i < BATCHES - 1; i++) {
+        fetch_batch(i * BATCH_BYTES, 0, 1);
+        batch_fetched();
+      }
+    }
 #pragma unroll 1
     for (int i = 0; i < RING - 1; i++) fetch_next(i * SLOT_BYTES);
     copies_wait<RING - 2>();
@@ -617,7 +724,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll 1
     for (int c = 0; c < groups; c++, group++, own_turn++, next_turn++) {
       copies_wait<KEEP_Y ? 0 : RING - 3>();
+      if (DIM_LAYOUT && batch_items == 1) copies_wait<0>();  // the item before copied the last of the next batch
       __syncwarp();
+      if constexpr (DIM_LAYOUT) {
+        fetch_batch(batch_after(batch_after(batch_at)), place, batch_items);
+        if (place == batch_items - 1) batch_fetched();
+      }
       fetch_next(last_slot);
       const float* const rows = own_rows + half;
       float* const others = own_elements + (HALF - half);
@@ -653,7 +765,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           out_at = out_next, out_next += out_over;
           out_count = c < own_groups ? left : 0;
           if (KEEP_Y) fetch_y(out_at, out_count), copies_commit();
-          stage_begin(next, own_raw + slot, near.x, c + 1 == groups ? tile - WARPS : tile, c + 1 == groups ? 0 : c + 1);
+          const int raw = !DIM_LAYOUT ? slot : place + 1 < batch_items ? batch_at + (place + 1) * PER_WARP * ITEM : batch_after(batch_at);
+          stage_begin(next, own_raw + raw, near.x, c + 1 == groups ? tile - WARPS : tile, c + 1 == groups ? 0 : c + 1);
         }
         if (q == QUADS * 3 / 4) {
           stage_end(next);
@@ -673,6 +786,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       if (LANES > T) __syncwarp();  // a lane without steps of its own has read what is now overwritten
       put(others, next);
       __syncwarp();
+      if constexpr (DIM_LAYOUT) {
+        if (place == 0 && (c > 0 || tile < last_tile)) flush(c > 0 ? tile : tile + WARPS, c > 0 ? c - BATCH : last_batch);
+        // from here on, of the item at hand, which the next one finishes
+        put_at = line_at(step, OUT_BYTES) + (place * PER_WARP + channel) * ITEM;
+        if (++place == batch_items)
+          place = 0, batch_at = batch_after(batch_at), batch_items = items_from(c + 1 < groups ? c + 1 : 0);
+      }
 
       // ---- backward
       float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER];
@@ -759,6 +879,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   if (WARPS > 1) shared.turns[warp][0].wait(round);
   __syncwarp();
   if (last_tile >= 0) finish(own_elements + (HALF - half), shared.groups[0].near[channel].y, shared.groups[groups - 1].sums[lane]);
+  if constexpr (DIM_LAYOUT) {
+    __syncwarp();
+    if (last_tile >= 0) flush(last_tile % WARPS, last_batch);
+  }
   if (WARPS > 1) {
     shared.turns[warp + 1 < WARPS ? warp + 1 : 0][0].pass();
   }
