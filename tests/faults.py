@@ -206,7 +206,7 @@ def slow_to_compile(count=5, seconds=0.2):
 # ---- the same in the CUDA sources -----------------------------------------------------------------------------------
 
 CUDA_FAULTS = {
-    "tail": ("const int tiles = (end - begin + TILE - 1) / TILE;", "const int tiles = (end - begin) / TILE;"),
+    "tail": ("int tiles = (end - begin + TILE - 1) / TILE;", "int tiles = (end - begin) / TILE;"),
     "stride": ("place(AT_##T, p.T##_dim, p.T##_step, t0)", "place(AT_##T, p.u_dim, p.u_step, t0)"),
     "race": ("if (BC_TILES > 0 && !RELAY) __syncthreads(); else __syncwarp();", "__syncwarp();"),
     "bounds": ("extent_of(o, count, end - t0 - here()) : n;", "n : extent_of(o, count, TILE);"),
