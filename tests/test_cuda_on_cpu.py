@@ -79,6 +79,21 @@ CASES = {
         Config(32, 2, 4, 2, groups=2, relay=1),
         {"state": 160, "length": 40, "dim": 6},
     ),
+    "backward of 8 states a lane": (
+        Config(16, 2, 16),
+        Config(32, 2, 4, 2, groups=2, relay=1),
+        {"state": 256, "length": 40, "dim": 6, "dtype": "bfloat16"},
+    ),
+    "backward of 8 states a lane, 6 of them in the last": (
+        Config(32, 2, 32),
+        Config(32, 2, 4, 2, groups=2, relay=1),
+        {"state": 254, "length": 37, "dim": 3, "layout": "dim"},
+    ),
+    "backward of 8 states and 4 lanes": (
+        Config(4, 2, 16),
+        Config(4, 2, 4, 2, groups=2, relay=1),
+        {"state": 31, "length": 37, "dim": 20},
+    ),
     "backward bf16": (FORWARD, BACKWARD, {"dtype": "bfloat16", "length": 67, "dim": 72}),
     "backward fp32": (FORWARD, BACKWARD, {"dim": 40}),
     "backward dim": (FORWARD, BACKWARD, {"dtype": "float16", "layout": "dim", "dim": 40}),

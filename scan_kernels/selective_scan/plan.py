@@ -232,7 +232,7 @@ class Backward(_Plan):
             if dout is None:
                 dout = torch.zeros_like(inputs.u)
             cotangents = Cotangents(
-                self.along(dout.to(inputs.u.dtype)),
+                self.along(dout if dout.dtype is inputs.u.dtype else dout.to(inputs.u.dtype)),
                 None if dlast_state is None else dlast_state.float().contiguous(),
             )
             self.launch(inputs.u.device, inputs, kept, cotangents, gradients)

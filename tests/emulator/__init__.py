@@ -34,7 +34,7 @@ INSTRUCTIONS = {
     "cp.async.c": "copy_begin(to, from, WIDTH, bytes);",
     "red.global": "add_four(to, v);",
     "mbarrier.init": "turn_begin(&barrier);",
-    "mbarrier.arrive": "turn_pass(&barrier);",
+    "mbarrier.arrive": "turn_pass(&barrier, ARRIVALS);",
     "_wait.parity": "turn_wait(&barrier, odd);",
     '"" :': "",
 }

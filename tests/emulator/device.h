@@ -107,9 +107,9 @@ static void synchronise(Barrier& b, int threads, bool orders = true) { pass(b, a
 static void __syncthreads() { synchronise(of_block, thread_count); }
 static void __syncwarp() { synchronise(of_warp[current / 32], 32); }
 static void meet() { synchronise(meeting[current / 32], 32, false); }  // lanes stand together, which orders no memory
-static std::map<void*, Barrier> in_memory;  // mbarriers, each for the lanes of a warp
+static std::map<void*, Barrier> in_memory;  // mbarriers
 static void turn_begin(void* at) { in_memory[at] = Barrier(); }
-static void turn_pass(void* at) { arrive(in_memory.at(at), 32, true); }
+static void turn_pass(void* at, int arrivals) { arrive(in_memory.at(at), arrivals, true); }
 static void turn_wait(void* at, int odd) {
   Barrier& b = in_memory.at(at);
   while (b.turn % 2 == odd) step_aside();

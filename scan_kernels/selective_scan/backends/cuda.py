@@ -36,7 +36,8 @@ class Config:
     inputs (4 at 16 states and the default checkpoint of 16; 2 at 32, 1 at 64), and with ``keep_y`` the size of an
     element of u (2, or 4 for float32). More kept is less computed again; the backward takes what the forward kept.
     Where that is fewer states than it has tiles, it makes the others first, in memory that it gives back: 4 state/tile
-    bytes for each element of u, but ``SCRATCH`` bytes at most (of packed sequences all at once, however many).
+    bytes for each element of u, done in parts of ``SCRATCH`` bytes (a part is at least a row's steps from one kept
+    state to the next, and packed sequences are a single part).
     """
 
     lanes: int  # lanes of a warp that share a channel, each with state/lanes states; a power of two up to 32
@@ -142,7 +143,8 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
             return 4 * (config.warps * warp + config.groups * 32 * per)
         return 4 * (2 * tiles * projection + config.warps * warp)
     item, rows, batch = ITEMSIZE[problem.dtype], config.per_warp * config.tile, _batch(problem, config)
-    projection = 4 * per * config.lanes * (4 if config.tile == 4 else config.tile + 4)
+    pitch, skew = 4 if config.tile == 4 else config.tile + 4, config.tile if per > 2 else 0
+    projection = 4 * per * (config.lanes * pitch + skew)
     copied = 128 * item * _ceil(per * config.lanes * config.tile // 4, 32)
     dim, parts = problem.layout == "dim", 3 + problem.has_z
     lines, line = (config.tile, batch * config.per_warp) if dim else (config.per_warp, config.tile)
@@ -199,7 +201,7 @@ def configs(problem: Problem, device: Any) -> list[Config]:
 def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, splits: int = 1) -> Config:
     """A forward configuration with as many blocks a multiprocessor as its registers allow without spilling."""
     per = _ceil(problem.state, lanes)
-    many = per > 4 and (problem.state > 64 or problem.dtype == "float32")
+    many = per > 4 and (problem.state > 64 or problem.dtype == "float32") and warps < 8
     warps_held = 8 if per > 8 or lanes == 1 else 12 if many else 16 if per > 4 or problem.dtype == "float32" else 20
     return Config(lanes, warps, tile, blocks=max(1, warps_held // warps), splits=splits)
 
@@ -226,7 +228,6 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     channels = problem.rows * problem.dim
     most = min(32, _power_of_two(problem.state))
     least = min(most, max(1, _power_of_two(_ceil(problem.state, 8))))
-    tile = 32 if _power_of_two(problem.state) <= 64 and most > 1 else 16
     per_row = problem.length / problem.rows if problem.sequences else problem.length
     longest = max(1, int(per_row // 256))
     # enough lanes to keep every scheduler busy (9.5 warps a multiprocessor), up to four times the fewest
@@ -237,13 +238,19 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     relays = _relays(problem, device) if most >= 4 and lanes > least and longest > 1 else []
     relay_first = [config for share, config in relays if share >= 0.7]
     splits = 1
+    # of many states, B and C of a step are much to stage: the more channels share them, the better
+    sizes: tuple[int, ...] = (4, 8, 2) if problem.state <= 64 else (16, 8, 4)
+    fits = shared_bytes(problem, make(least, sizes[0], 32)) <= device.shared_memory
+    tile = 32 if most > 1 and fits else 16
     if channels * lanes < 0.8 * wanted and longest > 1:
         # too few channels even so: cut time, at the cost of a second, state-only pass
         lanes = least
-        config = make(lanes, 4, tile)
+        config = make(lanes, sizes[0], tile)
         count = problem.rows * _block_count(problem, config)
         splits = min(longest, max(1, 2 * device.units * config.blocks // count))
-    sizes = (4, 8, 2) if problem.state <= 128 else (16,)
+    elif problem.state > 64:
+        wide = [w for w in sizes if problem.rows * _block_count(problem, make(lanes, w, tile)) >= 0.75 * device.units]
+        sizes = tuple(sorted(sizes, key=lambda w: w not in wide))
     first = make(lanes, sizes[0], tile, splits)
     found = [first]
     fifth = dataclasses.replace(first, blocks=5)
@@ -258,7 +265,7 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
             continue
         for cut in dict.fromkeys((splits, min(longest, 2 * splits), _ceil(splits, 2), 1)):
             found += [make(other, warps, tile, cut) for warps in sizes]
-    few = (4, 2, 1) if problem.state <= 128 else sizes
+    few = (4, 2, 1) if problem.state <= 64 else sizes
     found += [make(x, warps, 16) for x in dict.fromkeys((lanes, most, least)) for warps in few]
     return [*relay_first, *found, *(config for _, config in relays)]
 
@@ -378,7 +385,7 @@ def _kernel(files: tuple[Path, ...], name: str, items: tuple[tuple[str, int], ..
 
 
 def _own_width(problem: Problem, config: Config) -> int:
-    """Elements of a thread's widest single access to u: up to 16 bytes along time, 4 bytes along channels."""
+    """Elements of a thread's widest single access to u: up to 16 bytes, forward along channels 4 bytes."""
     item = ITEMSIZE[problem.dtype]
     if problem.direction == "backward":
         return 16 // item if problem.layout == "dim" else min(config.tile, 16 // item)
@@ -416,7 +423,7 @@ def _expanding(problem: Problem, config: Config) -> Config | None:
     if problem.direction == "forward" or problem.checkpoint == config.tile:
         return None
     lanes = _power_of_two(_ceil(problem.state, 8))
-    warps, blocks = (4, 5) if problem.state <= 128 else (16, 1)  # without y it takes fewer registers than the forward
+    warps, blocks = (4, 5) if problem.state <= 128 else (8, 2)  # without y it takes fewer registers than the forward
     return Config(lanes, warps, 16, blocks)
 
 

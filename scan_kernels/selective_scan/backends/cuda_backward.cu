@@ -15,7 +15,7 @@
 //             quarter of the instructions, but a GPU that uses them lowers its clock: an H100 from 1980 to 1800 MHz.)
 // and after the tile's last group the warp sums its dB and dC over its channels, which then reach device memory.
 // Copies, finish and stage are independent of the sweep around them and fill the gaps of its chains; between the waits
-// for copies and for the turn, an item has no branch.
+// for copies and for the turn, an item has no branch but, of channel-contiguous tensors, those around a batch.
 //
 // The states that enter tiles (CHECKPOINT is TILE) are those that the forward kept or, where it kept fewer, those that
 // the scan's MODE 3 wrote from them just before. What that takes is bounded: a launch is for a window of rows and time,
@@ -36,7 +36,7 @@
 constexpr int T = TILE;
 constexpr bool SUM_Y = HAS_Z && !KEEP_Y;                    // y = C h + D u is computed anew
 constexpr int RING = 4;                                     // items in flight, and the one at hand
-constexpr bool LOAD_AHEAD = DTYPE == 1 && !CONST_B && !CONST_C;  // where registers allow
+constexpr bool LOAD_AHEAD = DTYPE != 0 && !CONST_B && !CONST_C;  // where registers allow
 constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow more
 static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT == T, "invalid configuration");
 
@@ -124,12 +124,12 @@ DEVICE void read_own(float (&v)[STEPS], const char* at, Shift shift_of) {
     v[0] = to_float(*(const scalar*)at);
   }
 }
-// A lane's own steps to device memory, `count` of them: all or none where they are aligned.
-DEVICE void write_own(char* at, const float (&v)[STEPS], i64 step_stride, int count) {
+// A lane's own steps to length-contiguous device memory, `count` of them: all or none where they are aligned.
+DEVICE void write_own(char* at, const float (&v)[STEPS], int count) {
   u32 words[STEPS * ITEM / 4 + 1];
 #pragma unroll
   for (int i = 0; i < STEPS; i += 4 / ITEM) words[i * ITEM / 4] = pack(v[i], v[ITEM == 2 && STEPS > 1 ? i + 1 : i]);
-  if constexpr (ALIGNED && !DIM_LAYOUT && STEPS > 1) {
+  if constexpr (ALIGNED && STEPS > 1) {
     if (count <= 0) return;
     if constexpr (STEPS * ITEM == 16) *(uint4*)at = make_uint4(words[0], words[1], words[2], words[3]);
     else if constexpr (STEPS * ITEM == 8) *(uint2*)at = make_uint2(words[0], words[1]);
@@ -139,15 +139,18 @@ DEVICE void write_own(char* at, const float (&v)[STEPS], i64 step_stride, int co
     for (int i = 0; i < STEPS; i++)
       if (i < count) {
         const u32 w = words[i * ITEM / 4];
-        ((scalar*)at)[i * step_stride] = unbits(ITEM == 4 ? w : i & 1 ? w >> 16 : w & 0xffffu);
+        ((scalar*)at)[i] = unbits(ITEM == 4 ? w : i & 1 ? w >> 16 : w & 0xffffu);
       }
   }
 }
 
-// ---- a tile of B, C: in float32; state s*PER + k in line k*LANES + s -----------------------
+// ---- a tile of B, C: in float32; state s*PER + k in line k*LANES + s ------------------------------------------------
 
 constexpr int PITCH = T == 4 ? 4 : T + 4;  // floats between lines: eight of them, read at once, meet no bank twice
-constexpr int BC_FLOATS = STATES * PITCH;
+// floats from a k to the next: more than two of them, written at once, meet no bank twice, either
+constexpr int BETWEEN = LANES * PITCH + (PER > 2 ? T : 0);
+constexpr int BC_FLOATS = PER * BETWEEN;
+DEVICE int line_of(int n) { return n % PER * BETWEEN + n / PER * PITCH; }
 
 // What a lane moves of B or C: items of four steps of a state or, if B_AXIS or C_AXIS says so, four states of a step.
 template <int AXIS, int VECTOR>
@@ -196,10 +199,10 @@ struct Projection {
 #pragma unroll
       for (int j = 0; j < 4; j++) v[j] *= scale;
       if constexpr (AXIS == 0) {
-        *(float4*)(tile + (n % PER * LANES + n / PER) * PITCH + t) = make_float4(v[0], v[1], v[2], v[3]);
+        *(float4*)(tile + line_of(n) + t) = make_float4(v[0], v[1], v[2], v[3]);
       } else {
 #pragma unroll
-        for (int j = 0; j < 4; j++) tile[((n + j) % PER * LANES + (n + j) / PER) * PITCH + t] = v[j];
+        for (int j = 0; j < 4; j++) tile[line_of(n + j) + t] = v[j];
       }
     }
   }
@@ -263,8 +266,8 @@ DEVICE void sum_channels(float (&v)[T], int lane) {
 enum { ROW_DT, ROW_X, ROW_DY, ROW_U, ROW_SLOPE, ROW_GATE };  // Δ log2(e); Δu; dout silu(z); u; dΔ/draw; dout silu'(z)
 constexpr int ROWS = 5 + HAS_Z;
 struct alignas(16) Group {               // what a block keeps of a group of channels
-  float carried[32][2 * PER];            // g between tiles, sum of dA
-  float A[32][PER];
+  float carried[32 * 2 * PER];           // of lanes, as apart_at has them: g between tiles, sum of dA
+  float A[32 * PER];
   float2 sums[32];                       // of dD, ddelta_bias
   float2 near[PER_WARP];                 // delta_bias of the next group's channel, D of the last one's
   // constant B, C and the sums of dB, dC; what is not needed has one element, here and below
@@ -287,11 +290,15 @@ struct alignas(16) Warp {
   alignas(16) u32 raw_C[CONST_C ? 1 : Projection_C::RAW];
   alignas(16) u32 y[KEEP_Y ? 32 : 1][(STEPS * ITEM + 3) / 4];  // of the lane's steps of the item at hand
 };
+#ifndef TURN_ARRIVALS
+#define TURN_ARRIVALS (DIM_LAYOUT ? 32 : 1)   // where channels are contiguous, the other way is slower
+#endif
+typedef Turn<TURN_ARRIVALS> BackwardTurn;
 struct Shared {
   Task task;
   const void *row_B, *row_C;              // of the row's first step
   i64 step_bytes[DIM_LAYOUT ? 4 : 2];     // from step to step of each part
-  Turn turns[WARPS][GROUPS];             // when a warp may have a group
+  BackwardTurn turns[WARPS][GROUPS];     // when a warp may have a group
   Group groups[GROUPS];
   Warp warps[WARPS];
 };
@@ -364,7 +371,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       fixed[1][k] = CONST_C && real ? ((const float*)p.C)[at] : 0.f;
     }
     const float none[PER] = {};
-    set(shared.groups[c].carried[lane], g), set(shared.groups[c].A[lane], A);
+    set_apart<128>(shared.groups[c].carried + apart_at(lane, 2 * PER), g);
+    set_apart<128>(shared.groups[c].A + apart_at(lane, PER), A);
     if (s == 0) {
       shared.groups[c == 0 ? groups - 1 : c - 1].near[channel].x = HAS_BIAS && there ? p.delta_bias[d] : 0.f;
       shared.groups[c == groups - 1 ? 0 : c + 1].near[channel].y = HAS_D && there ? p.D[d] : 0.f;
@@ -417,7 +425,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
       const int i = lane + r * 32, line = i / KEPT_PIECES, piece = i % KEPT_PIECES;
       if (PER_WARP * KEPT_PIECES % 32 != 0 && i >= PER_WARP * KEPT_PIECES) continue;
-      copy_async<KEPT_COPY>(to + KEPT_AT + line * STATES * 4 + piece * KEPT_COPY,
+      copy_async<KEPT_COPY>(to + KEPT_AT + (line * STATES + state_at(piece * (KEPT_COPY / 4))) * 4,
                             from + line * STATE + piece * (KEPT_COPY / 4), line < live ? KEPT_COPY : 0);
     }
   };
@@ -432,7 +440,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     if constexpr (!CONST_C) Projection_C::store(mine.C, mine.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0, 1.f);
   };
   // four steps of B or C of this lane's state k
-  auto four = [&](float (&v)[4], const float* tile, int k, int t4) { get(v, tile + (k * LANES + s) * PITCH + t4); };
+  auto four = [&](float (&v)[4], const float* tile, int k, int t4) { get(v, tile + k * BETWEEN + s * PITCH + t4); };
 
   // ---- an item's elements
   struct Elements {
@@ -568,9 +576,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       put_result(0, gb), put_result(1, ga);
       if (HAS_Z) put_result(2, y);
     } else {
-      write_own(out_at, gb, p.grad_step, out_count);
-      write_own(out_at + to_ddelta, ga, p.grad_step, out_count);
-      if (HAS_Z) write_own(out_at + to_dz, y, p.grad_step, out_count);
+      write_own(out_at, gb, out_count);
+      write_own(out_at + to_ddelta, ga, out_count);
+      if (HAS_Z) write_own(out_at + to_dz, y, out_count);
     }
   };
 
@@ -609,7 +617,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   unsigned char* const keep_to = pinned(mine.ring[0] + KEPT_AT + lane * KEPT_COPY);
   const unsigned char* const own_raw = pinned(DIM_LAYOUT ? mine.batches[0] + line_at(step, LINE_BYTES) + channel * ITEM
                                                          : mine.ring[0] + channel * LINE_BYTES + step * ITEM);
-  const unsigned char* const own_kept = pinned(mine.ring[0] + KEPT_AT + lane * PER * 4);
+  const int kept_at = PER <= 4 ? lane * PER : channel * STATES + apart_at(s, PER);  // ptxas does not see that they agree
+  const unsigned char* const own_kept = pinned(mine.ring[0] + KEPT_AT + kept_at * 4);
   // Of batches: where that of the item at hand begins, its items, the place of the item at hand, and the first item of the
   // batch to be copied next, of which the item at hand copies its share of the parts.
   constexpr int BATCH_BYTES = DIM_LAYOUT ? PARTS * PART_BYTES : 0;
@@ -659,10 +668,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
       for (int r = 0; r < KEPT_STEPS; r++) {
         const int i = lane + r * 32, line = i / KEPT_PIECES;
-        unsigned char* const padded = mine.ring[0] + slot + KEPT_AT + line * STATES * 4 + i % KEPT_PIECES * KEPT_COPY;
+        unsigned char* const place = mine.ring[0] + slot + KEPT_AT + (line * STATES + state_at(i % KEPT_PIECES * (KEPT_COPY / 4))) * 4;
         if (PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES)
           copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r],
-                                        STATES == STATE ? keep_to + slot + r * 32 * KEPT_COPY : padded,
+                                        STATES == STATE && PER <= 4 ? keep_to + slot + r * 32 * KEPT_COPY : place,
                                         ahead_kept + r * 32 * KEPT_COPY);
       }
     }
@@ -719,7 +728,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     char* out_next = first_out(tile);
 
     Group* group = shared.groups + (GROUPS == 1 ? here() : 0);  // or all of a single group is kept in registers
-    Turn *own_turn = shared.turns[warp], *next_turn = shared.turns[warp + 1 < WARPS ? warp + 1 : 0];
+    BackwardTurn *own_turn = shared.turns[warp], *next_turn = shared.turns[warp + 1 < WARPS ? warp + 1 : 0];
     float2* last_sums = &shared.groups[groups - 1].sums[lane];
 #pragma unroll 1
     for (int c = 0; c < groups; c++, group++, own_turn++, next_turn++) {
@@ -737,7 +746,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       last_slot = slot;
       slot = slot == (RING - 1) * SLOT_BYTES ? 0 : slot + SLOT_BYTES;
       float A[PER], h[PER], b_fixed[PER], c_fixed[PER];
-      get(A, group->A[lane]), get(h, kept);
+      get_apart<128>(A, group->A + apart_at(lane, PER)), get_apart<4 * LANES>(h, kept);
       const float2 near = group->near[channel];
       if constexpr (CONST_B) get(b_fixed, group->fixed_B[0][lane]);
       if constexpr (CONST_C) get(c_fixed, group->fixed_C[0][lane]);
@@ -796,7 +805,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
       // ---- backward
       float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER];
-      get(carried, group->carried[lane]);
+      get_apart<128>(carried, group->carried + apart_at(lane, 2 * PER));
 #pragma unroll
       for (int k = 0; k < PER; k++) g[k] = carried[k], dA[k] = dB_fixed[k] = dC_fixed[k] = 0.f;
 #pragma unroll
@@ -835,7 +844,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       }
 #pragma unroll
       for (int k = 0; k < PER; k++) carried[k] = g[k], carried[PER + k] += dA[k];  // a tile at a time: long sums lose less
-      set(group->carried[lane], carried);
+      set_apart<128>(group->carried + apart_at(lane, 2 * PER), carried);
       if constexpr (CONST_B) {
         float* const at = group->fixed_B[1][lane];
 #pragma unroll
@@ -900,6 +909,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       total.y += __shfl_xor_sync(0xffffffffu, total.y, m);
     }
     if (!exists(c)) continue;
+    float carried[2 * PER];
+    get_apart<128>(carried, shared.groups[c].carried + apart_at(lane, 2 * PER));
     if (HAS_D && s == 0) deposit(p.dD + part + d, total.x);
     if (HAS_BIAS && s == 0) deposit(p.ddelta_bias + part + d, total.y);
 #pragma unroll
@@ -907,11 +918,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       const int n = s * PER + k;
       if (n >= STATE) break;
       const i64 at = (i64)d * STATE + n;
-      const float g = shared.groups[c].carried[lane][k];
-      deposit(p.dA + part * STATE + at, LN2 * shared.groups[c].carried[lane][PER + k]);  // dt in the sum was Δ log2(e)
+      deposit(p.dA + part * STATE + at, LN2 * carried[PER + k]);  // dt in the sum was Δ log2(e)
       if constexpr (CONST_B) deposit(p.dB + part * STATE + at, shared.groups[c].fixed_B[1][lane][k] * (DTYPE == 0 ? 1.f : LN2));
       if constexpr (CONST_C) deposit(p.dC + part * STATE + at, shared.groups[c].fixed_C[1][lane][k]);
-      if (w.split == 0 && p.dinitial_state) p.dinitial_state[(i64)w.row * p.dim * STATE + at] = g;
+      if (w.split == 0 && p.dinitial_state) p.dinitial_state[(i64)w.row * p.dim * STATE + at] = carried[k];
     }
   }
 }

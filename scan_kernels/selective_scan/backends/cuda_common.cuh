@@ -212,6 +212,36 @@ DEVICE void set(float* to, const float (&v)[N]) {
   }
 }
 
+// The same where vectors of four lie STRIDE apart, so that lanes next to each other have theirs next to each other: they
+// would meet at a bank, if each had all of its vectors in a row. Other N lie as above.
+template <int STRIDE, int N>
+DEVICE void get_apart(float (&v)[N], const float* from) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 q = *(const float4*)(from + i / 4 * STRIDE);
+      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
+    }
+  } else {
+    get(v, from);
+  }
+}
+template <int STRIDE, int N>
+DEVICE void set_apart(float* to, const float (&v)[N]) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) *(float4*)(to + i / 4 * STRIDE) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+  } else {
+    set(to, v);
+  }
+}
+// Where the first of a lane's (or slice's) N lies among all lanes' that lie so.
+DEVICE constexpr int apart_at(int lane, int n) { return lane * (n % 4 == 0 ? 4 : n); }
+// Where a channel's state lies among STATES that slices of PER, LANES of them, get so.
+DEVICE constexpr int state_at(int n) {
+  return PER % 4 != 0 ? n : (n % PER / 4 * LANES + n / PER) * 4 + n % 4;
+}
+
 // ---- work: which row and which span of it a block owns --------------------------------------------------------------
 
 struct Span {
@@ -383,7 +413,6 @@ DEVICE void put(Raw& r, const float (&v)[OWN_C][OWN_T]) {
   }
 }
 
-
 // A lane's raw elements of one tensor wait in slots of its own in shared memory, a warp's next to each other: what a
 // lane copies there, only it reads, so that a wait for its own copies is all the synchronisation there is.
 constexpr bool ASYNC = ALIGNED && OWN * ITEM >= 4 && (!DIM_LAYOUT || ITEM == 4 || OWN_C == 2);
@@ -450,11 +479,18 @@ DEVICE void read(Raw& r, u32* raw) {
 // Turns that warps take at what they share in shared memory: one warp passes a turn, another waits for it, and what the
 // first did before is in order before what the second does after. All lanes pass and wait. The n-th wait, from 0 on, is
 // for the n-th pass and says whether n is odd; a warp must have waited for a turn before the next is passed to it.
+// ARRIVALS: 1, a lane arrives for its warp once all have come; or 32, one after another, each when it comes. Racecheck
+// follows the latter only: it does not see what __syncwarp puts in order before another lane's arrival.
+template <int ARRIVALS>
 struct Turn {
   unsigned long long barrier;
-  DEVICE void begin() { asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(shared_address(&barrier)) : "memory"); }
+  DEVICE void begin() {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "n"(ARRIVALS) : "memory");
+  }
   DEVICE void pass() {
-    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(&barrier)) : "memory");
+    if (ARRIVALS == 1) __syncwarp();
+    if (ARRIVALS == 32 || (threadIdx.x & 31) == 0)
+      asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(&barrier)) : "memory");
   }
   DEVICE void wait(int odd) {
 #if __CUDA_ARCH__ >= 900

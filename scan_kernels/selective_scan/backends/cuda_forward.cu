@@ -51,7 +51,7 @@ constexpr int TURNS = RELAY ? WARPS / GROUPS : 1;  // warps that share channels 
 static_assert(!RELAY || (MODE == 0 && TILE == 16 && PER <= 4 && TURNS >= 2 && WARPS % GROUPS == 0),
               "invalid configuration");
 
-// Tiles of B, C: [step][state] in float32, for all warps of a block; in a relay, for one warp.
+// Tiles of B, C: [step][state, as state_at has it] in float32, for all warps of a block; in a relay, for one warp.
 constexpr int STATE_QUADS = (STATES + 3) / 4;
 constexpr int PITCH = 4 * STATE_QUADS + 4;  // floats between steps: eight of them, written at once, meet no bank twice
 constexpr int BC_FLOATS = TILE * PITCH;
@@ -116,13 +116,13 @@ struct Projection {
         else v[j] = low(raw[k][j]);
         v[j] *= scale;
       }
-      *(float4*)(tile + t * PITCH + n) = make_float4(v[0], v[1], v[2], v[3]);
+      *(float4*)(tile + t * PITCH + state_at(n)) = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
 };
 // A lane's states of one step of such a tile.
 DEVICE void states_of(float (&v)[PER], const float* tile, int step, int slice) {
-  get(v, tile + step * PITCH + slice * PER);
+  get_apart<4 * LANES>(v, tile + step * PITCH + apart_at(slice, PER));
 }
 
 // The same where they may be constant in time.
@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   __shared__ Task task;
   // The state that enters a relay's tile lies in shared memory, lane by lane. It belongs to the warp whose turn it is:
   // each lane reads its part and overwrites it with what leaves the tile, so a group needs one place.
-  __shared__ Turn turns[RELAY ? WARPS : 1];
+  __shared__ Turn<32> turns[RELAY ? WARPS : 1];
   // where the row's first step lies in u, delta, z, out, of the warp's first channel, and in B and C
   __shared__ i64 origins[RELAY ? 1 : WARPS][AT_out + 1], rows[2];
   if (threadIdx.x == 0) {
