@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+VECTORS = {"avx512dq": "AVX-512", "avx2": "AVX2"}  # by the flag of /proc/cpuinfo, the widest first
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
@@ -19,7 +21,7 @@ class Device:
 
     kind: str  # torch device type: "cuda" or "cpu"
     index: int
-    name: str  # product name as the driver or the kernel gives it
+    name: str  # product name as the driver or the kernel gives it; of a CPU also its widest vectors, if they are known
     arch: str  # "sm_90"; for a CPU its machine type, such as "x86_64"
     units: int  # multiprocessors, or cores this process may run on
     shared_memory: int  # bytes of shared memory a block may use; 0 on a CPU
@@ -66,7 +68,7 @@ def _describe_cpu() -> Device:
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
-            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
+            name = cpu_name(f.read(), name)
     except OSError:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -75,6 +77,15 @@ def _describe_cpu() -> Device:
     except (ValueError, OSError, AttributeError):
         memory = 0
     return Device("cpu", 0, name, platform.machine(), cores, 0, 0, memory)
+
+
+def cpu_name(cpuinfo: str, unknown: str) -> str:
+    """Model and vectors of the first core of /proc/cpuinfo. Virtual machines call very different CPUs by one name."""
+    core = dict(line.split(":", 1) for line in cpuinfo.partition("\n\n")[0].splitlines() if ":" in line)
+    about = {name.strip(): value.strip() for name, value in core.items()}
+    flags = about.get("flags", "").split()
+    widest = next((words for flag, words in VECTORS.items() if flag in flags), "")
+    return ", ".join(filter(None, (about.get("model name", unknown), widest)))
 
 
 def setting(device: Device) -> dict[str, int | None]:

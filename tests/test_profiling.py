@@ -25,12 +25,29 @@ from scan_kernels.peers import PEERS, Peer
 from scan_kernels.profiling import ceilings as maker
 from scan_kernels.profiling import charts, readings, report, roofline, timer
 from scan_kernels.profiling.ceilings import Ceiling, ceilings
-from scan_kernels.profiling.device import describe
+from scan_kernels.profiling.device import cpu_name, describe
 from scan_kernels.selective_scan import OP
 from scan_kernels.selective_scan.cases import ARGUMENTS, Case
 from scan_kernels.selective_scan.problem import Problem
 
 CPU = describe("cpu")
+
+
+# ---- device ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("core", "name"),
+    [
+        ("model name\t: AMD EPYC\nflags\t\t: fpu avx avx2 fma", "AMD EPYC, AVX2"),
+        ("model name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f avx512dq", "AMD EPYC, AVX-512"),
+        ("model name\t: Old: a CPU\nflags\t\t: fpu sse2", "Old: a CPU"),
+        ("BogoMIPS\t: 50.00", "aarch64"),
+    ],
+)
+def test_a_cpu_is_called_by_its_model_and_its_vectors(core, name):
+    other = "processor\t: 1\nmodel name\t: another\nflags\t\t: avx2 avx512dq\n"
+    assert cpu_name(f"processor\t: 0\n{core}\n\n{other}", "aarch64") == name
 
 
 # ---- timer -----------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@
 constexpr int T = TILE;
 constexpr bool SUM_Y = HAS_Z && !KEEP_Y;                    // y = C h + D u is computed anew
 constexpr int RING = 4;                                     // items in flight, and the one at hand
-constexpr bool LOAD_AHEAD = DTYPE != 0 && !CONST_B && !CONST_C;  // where registers allow
+// where registers allow: from 10.0 on, ptxas needs more of them, here and below
+constexpr bool LOAD_AHEAD = DTYPE != 0 && !CONST_B && !CONST_C && !(PER > 2 && __CUDA_ARCH__ >= 1000);
 constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow more
 static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT == T, "invalid configuration");
 
@@ -94,7 +95,7 @@ constexpr int LINE_BYTES = PIECES * COPY;
 DEVICE constexpr int line_at(int line, int bytes) { return line * bytes + (DIM_LAYOUT ? line / (2 * STEPS) * 16 : 0); }
 constexpr int PART_BYTES = (line_at(LINES, LINE_BYTES) + 15) / 16 * 16;
 constexpr int COPIES = COPIED * LINES * PIECES, ROUNDS = (COPIES + 31) / 32;
-// rounds whose addresses are kept, not computed anew: where registers allow (from 10.0 on, ptxas needs more of them)
+// rounds whose addresses are kept, not computed anew
 constexpr int MOST_KEPT = DTYPE != 1 && __CUDA_ARCH__ >= 1000 ? 1 : 2;
 constexpr int KEPT_ROUNDS = !DIM_LAYOUT && ROUNDS <= MOST_KEPT && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;
 constexpr int KEPT_COPY = STATE % 4 == 0 && PER_WARP * STATE >= 128 ? 16 : STATE % 2 == 0 ? 8 : 4;
