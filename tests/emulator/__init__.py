@@ -11,7 +11,9 @@ import functools
 import hashlib
 import re
 import subprocess
+import tempfile
 import types
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -65,16 +67,33 @@ def translate(code: str, name: str) -> str:
     return f'#define ENTRY {name}\n#include "device.h"\n#define fmaf __builtin_fmaf\n{code}\n#include "launch.h"\n'
 
 
+@functools.cache
+def _own() -> tuple[tempfile.TemporaryDirectory, ThreadPoolExecutor]:
+    """A folder for what all libraries share, and the threads that wait for compilers."""
+    return tempfile.TemporaryDirectory(), ThreadPoolExecutor()
+
+
+@functools.cache
+def _races() -> Path:
+    built = Path(_own()[0].name, "races.o")
+    subprocess.run(["g++", *FLAGS, "-O2", "-c", "-o", built, HERE / "races.cpp"], check=True)
+    return built
+
+
 @functools.lru_cache(maxsize=64)
-def _library(folder: Path, code: str) -> ctypes.CDLL:
+def _library(folder: Path, code: str) -> Future[ctypes.CDLL]:
+    """The library of a kernel. A call prepares all of its kernels before it launches one: they compile side by side."""
+    return _own()[1].submit(_compiled, folder, code, _races())
+
+
+def _compiled(folder: Path, code: str, races: Path) -> ctypes.CDLL:
     stem = folder / hashlib.sha256(code.encode()).hexdigest()[:16]
     stem.with_suffix(".cpp").write_text(code)
     built = stem.with_suffix(".o"), stem.with_suffix(".so")
     subprocess.run(
         ["g++", *FLAGS, "-O1", "-fsanitize=thread", "-c", "-o", built[0], stem.with_suffix(".cpp")], check=True
     )
-    link = ["-O2", "-shared", "-Wl,-Bsymbolic", "-o", built[1], built[0], HERE / "races.cpp"]
-    subprocess.run(["g++", *FLAGS, *link], check=True)
+    subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", "-o", built[1], built[0], races], check=True)
     library = ctypes.CDLL(str(built[1]))
     library.races_found.restype = ctypes.c_long
     return library
@@ -89,9 +108,10 @@ class Emulator:
 
     def function(self, kernel: Kernel, _device: int, _shared_bytes: int):
         files, fields, defines, name = kernel._source
-        library = _library(self.folder, translate(self.change(source(files, fields, defines)), name))
+        compiling = _library(self.folder, translate(self.change(source(files, fields, defines)), name))
 
         def launch(grid, block, arguments, shared_mem, stream):
+            library = compiling.result()
             before = library.races_found()
             raw = ctypes.create_string_buffer(arguments[0].tobytes())
             library.emulate(raw, grid[0], block[0], shared_mem, self.seed)
