@@ -1,7 +1,7 @@
-"""Numba kernels of the ``cpu`` backend: lanes are channels; four states at a time stay in registers along time.
+"""Numba kernels of the ``cpu`` backend: lanes are channels; a few states at a time stay in registers along time.
 
 A task takes a part (a few blocks of 16 channels of one group, which share tiles of B and C) through a chunk of rows.
-Time is cut into tiles. A channel block first gets Δ and Δu for all steps of a tile; then, four states at a time, a
+Time is cut into tiles. A channel block first gets Δ and Δu for all steps of a tile; then, a few states at a time, a
 ``sweep`` runs the recurrence along it; what is left is done per element. The backward runs the same sweep forwards
 between two kept states, leaving decays and states in scratch, and then the adjoint recurrence backwards. Sums that
 cross lanes (dB, dC) stay 16 wide over all blocks of a part and are added up across lanes once.
@@ -18,27 +18,31 @@ from .cpu_simd import (
     FLOAT32,
     LANES,
     ROW,
-    broadcast,
+    TOGETHER,
+    broadcast_few,
     decay,
+    dot,
     entry,
     fma,
     gather,
     inlined,
     load,
+    load_few,
     quiet,
     read_float,
+    repeat,
     scatter,
     sigmoid,
     softplus,
     splat,
     store,
+    store_few,
     store_unaligned,
     totals,
     variant,
     write_float,
 )
 
-QUAD = 4  # states that advance together: enough independent chains to hide the latency of an FMA
 TILES = 9  # tiles a channel block needs in the backward
 SKEW = 5  # rows between scratch arrays: walked together at 4096 bytes' distance, a store would hold up later loads
 SPAN = 4096  # numbers that a task of ``add_up`` adds up
@@ -141,34 +145,17 @@ def _step_sizes(c, steps, bias, delta, u, du):
 
 
 def _sweep(constant_B, constant_C):
-    """Four states along steps first .. last of a tile: h in registers, C·h added to y."""
+    """A few states along steps first .. last of a tile: h in registers, C·h added to y."""
 
     @variant(constant_B, constant_C)
     def sweep(first, last, A, h, delta, du, y, B, C):
-        a0, a1, a2, a3 = load(A), load(A + ROW), load(A + 2 * ROW), load(A + 3 * ROW)
-        h0, h1, h2, h3 = load(h), load(h + ROW), load(h + 2 * ROW), load(h + 3 * ROW)
+        a, state = load_few(A), load_few(h)
         for i in range(first * ROW, last * ROW, ROW):
-            d = load(delta + i)
-            x = load(du + i)
-            if constant_B:
-                b0, b1, b2, b3 = load(B), load(B + ROW), load(B + 2 * ROW), load(B + 3 * ROW)
-            else:
-                b = B + i
-                b0, b1, b2, b3 = broadcast(b), broadcast(b + 4), broadcast(b + 8), broadcast(b + 12)
-            h0 = fma(decay(d, a0), h0, x * b0)
-            h1 = fma(decay(d, a1), h1, x * b1)
-            h2 = fma(decay(d, a2), h2, x * b2)
-            h3 = fma(decay(d, a3), h3, x * b3)
-            if constant_C:
-                c0, c1, c2, c3 = load(C), load(C + ROW), load(C + 2 * ROW), load(C + 3 * ROW)
-            else:
-                c = C + i
-                c0, c1, c2, c3 = broadcast(c), broadcast(c + 4), broadcast(c + 8), broadcast(c + 12)
-            store(y + i, load(y + i) + fma(h3, c3, fma(h2, c2, fma(h1, c1, h0 * c0))))
-        store(h, h0)
-        store(h + ROW, h1)
-        store(h + 2 * ROW, h2)
-        store(h + 3 * ROW, h3)
+            b = load_few(B) if constant_B else broadcast_few(B + i)
+            state = fma(decay(load(delta + i), a), state, load(du + i) * b)
+            c = load_few(C) if constant_C else broadcast_few(C + i)
+            store(y + i, load(y + i) + dot(state, c))
+        store_few(h, state)
 
     return sweep
 
@@ -188,7 +175,7 @@ def _at_state(c, constant, tile, n):
 @_njit
 def _run(c, first, last, A, h, delta, du, y, B, C):
     """All states along steps first .. last of a tile."""
-    for n in range(0, c.state, QUAD):
+    for n in range(0, c.state, TOGETHER):
         a, s = A + n * ROW, h + n * ROW
         b, g = _at_state(c, c.constant_B, B, n), _at_state(c, c.constant_C, C, n)
         if c.constant_B and c.constant_C:
@@ -220,7 +207,9 @@ def _lay_out(c, w, at):
     w.fixed_dB, w.fixed_dC, at = at, at + state * c.constant_B, at + state * (c.constant_B + c.constant_C)
     w.entering = at
     at += state * max(_ceil(c.steps, c.checkpoint), _ceil(min(c.checkpoint, c.length), c.steps))
-    sums = (QUAD * (min(c.steps, c.checkpoint) + LANES) + SKEW) * ROW  # summing lanes reads whole groups of 16 steps
+    sums = (
+        TOGETHER * (min(c.steps, c.checkpoint) + LANES) + SKEW
+    ) * ROW  # summing lanes reads whole groups of 16 steps
     w.decays, w.states, w.sum_B, w.sum_C = at, at + sums, at + 2 * sums, at + 3 * sums
     return at + 4 * sums
 
@@ -357,96 +346,47 @@ def _forward_task(call, offsets, task):
 
 
 def _sweep_back(constant_B, constant_C):
-    """Four states of one channel block through a tile, forwards to get decays and states, then backwards.
+    """A few states of one channel block through a tile, forwards to get decays and states, then backwards.
 
     h: the state that enters the tile. g: exp(Δ A) G of the step after the tile on entry, of its first step on return.
     y gets C·h, GB gets G·B, AG gets Σ A exp(Δ A) h G / ln 2. dA, dB, dC are added to: dA per channel, dB and dC per
-    channel if constant, else 4 rows for every step, whose lanes are summed later.
+    channel if constant, else a few rows for every step, whose lanes are summed later.
     """
 
     @variant(constant_B, constant_C)
     def sweep(steps, kept, moving, B, C, decays, states, dB, dC):
         A, h, g, dA = kept
         delta, du, dy, y, GB, AG = moving
-        a0, a1, a2, a3 = load(A), load(A + ROW), load(A + 2 * ROW), load(A + 3 * ROW)
-        h0, h1, h2, h3 = load(h), load(h + ROW), load(h + 2 * ROW), load(h + 3 * ROW)
+        a, state = load_few(A), load_few(h)
         for i in range(0, steps * ROW, ROW):
-            d = load(delta + i)
-            x = load(du + i)
-            if constant_B:
-                b0, b1, b2, b3 = load(B), load(B + ROW), load(B + 2 * ROW), load(B + 3 * ROW)
-            else:
-                b = B + i
-                b0, b1, b2, b3 = broadcast(b), broadcast(b + 4), broadcast(b + 8), broadcast(b + 12)
-            if constant_C:
-                c0, c1, c2, c3 = load(C), load(C + ROW), load(C + 2 * ROW), load(C + 3 * ROW)
-            else:
-                c = C + i
-                c0, c1, c2, c3 = broadcast(c), broadcast(c + 4), broadcast(c + 8), broadcast(c + 12)
-            e0, e1, e2, e3 = decay(d, a0), decay(d, a1), decay(d, a2), decay(d, a3)
-            at = decays + QUAD * i
-            store(at, e0)
-            store(at + ROW, e1)
-            store(at + 2 * ROW, e2)
-            store(at + 3 * ROW, e3)
-            at = states + QUAD * i
-            store(at, h0)
-            store(at + ROW, h1)
-            store(at + 2 * ROW, h2)
-            store(at + 3 * ROW, h3)
-            h0 = fma(e0, h0, x * b0)
-            h1 = fma(e1, h1, x * b1)
-            h2 = fma(e2, h2, x * b2)
-            h3 = fma(e3, h3, x * b3)
-            store(y + i, load(y + i) + fma(h3, c3, fma(h2, c2, fma(h1, c1, h0 * c0))))
+            b = load_few(B) if constant_B else broadcast_few(B + i)
+            c = load_few(C) if constant_C else broadcast_few(C + i)
+            x = load(du + i)  # as all that is read, before what is stored: else it cannot be an operand in memory
+            e = decay(load(delta + i), a)
+            store_few(decays + TOGETHER * i, e)
+            store_few(states + TOGETHER * i, state)
+            state = fma(e, state, x * b)
+            store(y + i, load(y + i) + dot(state, c))
 
-        g0, g1, g2, g3 = load(g), load(g + ROW), load(g + 2 * ROW), load(g + 3 * ROW)
-        s0, s1, s2, s3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+        adjoint, total = load_few(g), repeat(splat(0.0))
         for j in range(steps):
             i = (steps - 1 - j) * ROW
-            d = load(delta + i)
-            x = load(du + i)
-            v = load(dy + i)
-            if constant_B:
-                b0, b1, b2, b3 = load(B), load(B + ROW), load(B + 2 * ROW), load(B + 3 * ROW)
-                at = dB
-            else:
-                b = B + i
-                b0, b1, b2, b3 = broadcast(b), broadcast(b + 4), broadcast(b + 8), broadcast(b + 12)
-                at = dB + QUAD * i
-            if constant_C:
-                c0, c1, c2, c3 = load(C), load(C + ROW), load(C + 2 * ROW), load(C + 3 * ROW)
-                into = dC
-            else:
-                c = C + i
-                c0, c1, c2, c3 = broadcast(c), broadcast(c + 4), broadcast(c + 8), broadcast(c + 12)
-                into = dC + QUAD * i
-            store(into, fma(v, h0, load(into)))
-            store(into + ROW, fma(v, h1, load(into + ROW)))
-            store(into + 2 * ROW, fma(v, h2, load(into + 2 * ROW)))
-            store(into + 3 * ROW, fma(v, h3, load(into + 3 * ROW)))
-            g0, g1, g2, g3 = fma(c0, v, g0), fma(c1, v, g1), fma(c2, v, g2), fma(c3, v, g3)
-            store(at, fma(x, g0, load(at)))
-            store(at + ROW, fma(x, g1, load(at + ROW)))
-            store(at + 2 * ROW, fma(x, g2, load(at + 2 * ROW)))
-            store(at + 3 * ROW, fma(x, g3, load(at + 3 * ROW)))
-            store(GB + i, load(GB + i) + fma(g3, b3, fma(g2, b2, fma(g1, b1, g0 * b0))))
-            at = decays + QUAD * i
-            g0, g1 = g0 * load(at), g1 * load(at + ROW)
-            g2, g3 = g2 * load(at + 2 * ROW), g3 * load(at + 3 * ROW)
-            at = states + QUAD * i
-            h0, h1, h2, h3 = load(at), load(at + ROW), load(at + 2 * ROW), load(at + 3 * ROW)
-            e0, e1, e2, e3 = g0 * h0, g1 * h1, g2 * h2, g3 * h3
-            s0, s1, s2, s3 = fma(d, e0, s0), fma(d, e1, s1), fma(d, e2, s2), fma(d, e3, s3)
-            store(AG + i, load(AG + i) + fma(a3, e3, fma(a2, e2, fma(a1, e1, a0 * e0))))
-        store(g, g0)
-        store(g + ROW, g1)
-        store(g + 2 * ROW, g2)
-        store(g + 3 * ROW, g3)
-        store(dA, load(dA) + s0)
-        store(dA + ROW, load(dA + ROW) + s1)
-        store(dA + 2 * ROW, load(dA + 2 * ROW) + s2)
-        store(dA + 3 * ROW, load(dA + 3 * ROW) + s3)
+            d, x, v = load(delta + i), load(du + i), load(dy + i)
+            b = load_few(B) if constant_B else broadcast_few(B + i)
+            c = load_few(C) if constant_C else broadcast_few(C + i)
+            at = dC if constant_C else dC + TOGETHER * i
+            store_few(at, fma(v, state, load_few(at)))
+            adjoint = fma(v, c, adjoint)
+            at = dB if constant_B else dB + TOGETHER * i
+            store_few(at, fma(x, adjoint, load_few(at)))
+            store(GB + i, load(GB + i) + dot(adjoint, b))
+            adjoint = adjoint * load_few(decays + TOGETHER * i)
+            state = load_few(states + TOGETHER * i)
+            e = adjoint * state
+            total = fma(d, e, total)
+            store(AG + i, load(AG + i) + dot(a, e))
+        store_few(g, adjoint)
+        store_few(dA, load_few(dA) + total)
 
     return sweep
 
@@ -457,10 +397,10 @@ _back_cv, _back_cc = _sweep_back(True, False), _sweep_back(True, True)
 
 @_njit
 def _sum_lanes(rows, steps, count, address, stride, scratch):
-    """rows: 4 for every step. Write the lane sums of the first ``count`` states, time contiguous, ``stride`` apart."""
+    """rows: a few for every step. Write the lane sums of the first ``count`` states, along time, ``stride`` apart."""
     for q in range(count):
         for t in range(0, steps, LANES):
-            sums = totals(rows + (QUAD * t + q) * ROW, QUAD * ROW)
+            sums = totals(rows + (TOGETHER * t + q) * ROW, TOGETHER * ROW)
             at = address + q * stride + 4 * t
             if t + LANES <= steps:
                 store_unaligned(at, sums)
@@ -522,11 +462,11 @@ def _piece(c, w, first, steps, entering, sums_at):
     entering: states that enter the piece. sums_at: offset of its first step in the partial sums of dB and dC.
     """
     i = first * ROW
-    for n in range(0, c.state, QUAD):
+    for n in range(0, c.state, TOGETHER):
         if not c.constant_B:
-            _clear(w.sum_B, QUAD * steps)
+            _clear(w.sum_B, TOGETHER * steps)
         if not c.constant_C:
-            _clear(w.sum_C, QUAD * steps)
+            _clear(w.sum_C, TOGETHER * steps)
         for k in range(w.blocks):
             _, du, delta, _, dy, _, y, GB, AG = _tiles(w, k)
             at = k * w.padded + n * ROW
@@ -543,7 +483,7 @@ def _piece(c, w, first, steps, entering, sums_at):
             else:
                 _back_vv(steps, kept, moving, B + i, C + i, w.decays, w.states, w.sum_B, w.sum_C)
         at = sums_at + 4 * n * c.length
-        count = min(QUAD, c.state - n)
+        count = min(TOGETHER, c.state - n)
         if not c.constant_B:
             _sum_lanes(w.sum_B, steps, count, c.dB + at, 4 * c.length, w.spare)
         if not c.constant_C:

@@ -1,4 +1,4 @@
-"""A vector of 16 floats for Numba, and the tile moves that need one.
+"""A vector of 16 floats for Numba, a few of them that advance together, and the tile moves that need one.
 
 Numba leaves vectorising to LLVM, which does not keep a recurrence in registers across a loop nest it did not write.
 Here the vector is a type of its own (LLVM's <16 x float>), so what is written is what runs: one 512-bit register, two
@@ -32,6 +32,9 @@ V_F32, V_I32, V_I16, V_HALF = (ir.VectorType(t, LANES) for t in (F32, I32, I16, 
 
 FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # type: ignore[attr-defined]
 AVX512 = "+avx512dq" in FEATURES.split(",")
+# Vectors that advance together: independent chains hide the latency of an FMA, but all must stay in registers.
+TOGETHER = 4 if AVX512 else 2
+V_FEW = ir.ArrayType(V_F32, TOGETHER)
 
 
 def text_hash(folder: Path) -> str:
@@ -80,6 +83,19 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, V_F32)
 
 
+class Few(types.Type):
+    """TOGETHER vectors."""
+
+
+few = Few(name="few16f")
+
+
+@register_model(Few)
+class _FewModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, V_FEW)
+
+
 def _operation(function, *arguments, returns=vector):
     """Let Numba code call ``function``, or else the decorated emitter itself: ``emit(builder, *values)`` writes IR."""
 
@@ -102,7 +118,29 @@ def _operation(function, *arguments, returns=vector):
     return register
 
 
+def _few(b, values):
+    made = ir.Constant(V_FEW, ir.Undefined)
+    for k, x in enumerate(values):
+        made = b.insert_value(made, x, k)
+    return made
+
+
+def _each(emit):
+    """``emit`` for each of a few vectors; an argument that is a single one serves all."""
+
+    def lifted(b, *values):
+        parts = [
+            [b.extract_value(x, k) for k in range(TOGETHER)] if x.type == V_FEW else [x] * TOGETHER for x in values
+        ]
+        return _few(b, [emit(b, *one) for one in zip(*parts, strict=True)])
+
+    return lifted
+
+
 _operation(operator.add, vector, vector)(lambda b, x, y: b.fadd(x, y))
+_operation(operator.add, few, few, returns=few)(_each(lambda b, x, y: b.fadd(x, y)))
+_operation(operator.mul, few, few, returns=few)(_each(lambda b, x, y: b.fmul(x, y)))
+_operation(operator.mul, vector, few, returns=few)(_each(lambda b, x, y: b.fmul(x, y)))
 _operation(operator.sub, vector, vector)(lambda b, x, y: b.fsub(x, y))
 _operation(operator.mul, vector, vector)(lambda b, x, y: b.fmul(x, y))
 _operation(operator.truediv, vector, vector)(lambda b, x, y: b.fdiv(x, y))
@@ -144,6 +182,44 @@ def store(b, address, x):
     b.store(x, b.inttoptr(address, V_F32.as_pointer()), align=ROW)
 
 
+def _after(b, address, k, size):
+    return b.add(address, ir.Constant(address.type, k * size))
+
+
+@_operation(None, types.int64, returns=few)
+def load_few(b, address):
+    """A few rows of scratch memory."""
+    return _few(b, [load(b, _after(b, address, k, ROW)) for k in range(TOGETHER)])
+
+
+@_operation(None, types.int64, returns=few)
+def broadcast_few(b, address):
+    """A few floats that follow each other, each in every lane of a vector."""
+    return _few(b, [broadcast(b, _after(b, address, k, 4)) for k in range(TOGETHER)])
+
+
+@_operation(None, vector, returns=few)
+def repeat(b, x):
+    """The same vector a few times."""
+    return _few(b, [x] * TOGETHER)
+
+
+@_operation(None, types.int64, few, returns=types.none)
+def store_few(b, address, values):
+    for k in range(TOGETHER):
+        store(b, _after(b, address, k, ROW), b.extract_value(values, k))
+
+
+@_operation(None, few, few)
+def dot(b, x, y):
+    """The sum of the products, the first one first."""
+    total = None
+    for k in range(TOGETHER):
+        xk, yk = b.extract_value(x, k), b.extract_value(y, k)
+        total = b.fmul(xk, yk) if total is None else _fma(b, xk, yk, total)
+    return total
+
+
 def _intrinsic(b, name, returns, values):
     function_type = ir.FunctionType(returns, [v.type for v in values])
     return b.call(cgutils.get_or_insert_function(b.module, function_type, name), values)
@@ -157,6 +233,10 @@ def fma(b, x, y, z):
 
 def _fma(b, x, y, z):
     return _intrinsic(b, "llvm.fma.v16f32", V_F32, [x, y, z])
+
+
+_operation(fma, few, few, few, returns=few)(_each(_fma))
+_operation(fma, vector, few, few, returns=few)(_each(_fma))
 
 
 @_operation(None, vector)
@@ -218,6 +298,9 @@ def decay(b, d, a):
     bits = b.add(b.bitcast(p, V_I32), b.shl(b.bitcast(rounded, V_I32), _constant(23, V_I32)))
     power = b.select(b.fcmp_ordered("<", x, _constant(-126.0)), _constant(0.0), b.bitcast(bits, V_F32))
     return b.select(b.fcmp_ordered(">=", x, _constant(128.0)), _constant(float("inf")), power)
+
+
+_operation(decay, vector, few, returns=few)(_each(decay))
 
 
 @_operation(None, vector)
