@@ -22,6 +22,7 @@ from scan_kernels import cuda_module
 from scan_kernels.cuda_module import Kernel, source
 
 HERE = Path(__file__).parent
+SHARED, COMPILERS = tempfile.TemporaryDirectory(), ThreadPoolExecutor()
 # what stands for an inline instruction, found by a part of its text; the first that fits
 INSTRUCTIONS = {
     "cvt.rn.bf16x2": "r = to_bfloat16(a) | to_bfloat16(b) << 16;",
@@ -68,14 +69,9 @@ def translate(code: str, name: str) -> str:
 
 
 @functools.cache
-def _own() -> tuple[tempfile.TemporaryDirectory, ThreadPoolExecutor]:
-    """A folder for what all libraries share, and the threads that wait for compilers."""
-    return tempfile.TemporaryDirectory(), ThreadPoolExecutor()
-
-
-@functools.cache
 def _races() -> Path:
-    built = Path(_own()[0].name, "races.o")
+    """The detector, which all libraries share."""
+    built = Path(SHARED.name, "races.o")
     subprocess.run(["g++", *FLAGS, "-O2", "-c", "-o", built, HERE / "races.cpp"], check=True)
     return built
 
@@ -83,7 +79,7 @@ def _races() -> Path:
 @functools.lru_cache(maxsize=64)
 def _library(folder: Path, code: str) -> Future[ctypes.CDLL]:
     """The library of a kernel. A call prepares all of its kernels before it launches one: they compile side by side."""
-    return _own()[1].submit(_compiled, folder, code, _races())
+    return COMPILERS.submit(_compiled, folder, code, _races())
 
 
 def _compiled(folder: Path, code: str, races: Path) -> ctypes.CDLL:

@@ -207,9 +207,8 @@ def _lay_out(c, w, at):
     w.fixed_dB, w.fixed_dC, at = at, at + state * c.constant_B, at + state * (c.constant_B + c.constant_C)
     w.entering = at
     at += state * max(_ceil(c.steps, c.checkpoint), _ceil(min(c.checkpoint, c.length), c.steps))
-    sums = (
-        TOGETHER * (min(c.steps, c.checkpoint) + LANES) + SKEW
-    ) * ROW  # summing lanes reads whole groups of 16 steps
+    # summing lanes reads whole groups of 16 steps
+    sums = (TOGETHER * (min(c.steps, c.checkpoint) + LANES) + SKEW) * ROW
     w.decays, w.states, w.sum_B, w.sum_C = at, at + sums, at + 2 * sums, at + 3 * sums
     return at + 4 * sums
 

@@ -70,30 +70,22 @@ def entry(function):
     return njit(function, parallel=True, cache=True, error_model="numpy")
 
 
-class Vector(types.Type):
-    """16 floats, one for each lane."""
+class Registers(types.Type):
+    """What LLVM keeps in registers as a value of its own."""
+
+    def __init__(self, name, representation):
+        super().__init__(name)
+        self.representation = representation
 
 
-vector = Vector(name="vector16f")
-
-
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
+@register_model(Registers)
+class _RegistersModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, V_F32)
+        super().__init__(dmm, fe_type, fe_type.representation)
 
 
-class Few(types.Type):
-    """TOGETHER vectors."""
-
-
-few = Few(name="few16f")
-
-
-@register_model(Few)
-class _FewModel(models.PrimitiveModel):
-    def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, V_FEW)
+vector = Registers("vector16f", V_F32)  # 16 floats, one for each lane
+few = Registers("few16f", V_FEW)  # TOGETHER vectors
 
 
 def _operation(function, *arguments, returns=vector):
@@ -171,12 +163,6 @@ def load(b, address):
     return b.load(b.inttoptr(address, V_F32.as_pointer()), align=ROW)
 
 
-@_operation(None, types.int64)
-def broadcast(b, address):
-    """The float at address, in every lane."""
-    return _splat(b, b.load(b.inttoptr(address, F32.as_pointer()), align=4))
-
-
 @_operation(None, types.int64, vector, returns=types.none)
 def store(b, address, x):
     b.store(x, b.inttoptr(address, V_F32.as_pointer()), align=ROW)
@@ -195,7 +181,7 @@ def load_few(b, address):
 @_operation(None, types.int64, returns=few)
 def broadcast_few(b, address):
     """A few floats that follow each other, each in every lane of a vector."""
-    return _few(b, [broadcast(b, _after(b, address, k, 4)) for k in range(TOGETHER)])
+    return _few(b, [_splat(b, read_float(b, _after(b, address, k, 4))) for k in range(TOGETHER)])
 
 
 @_operation(None, vector, returns=few)

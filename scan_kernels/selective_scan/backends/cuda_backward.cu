@@ -372,8 +372,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       fixed[1][k] = CONST_C && real ? ((const float*)p.C)[at] : 0.f;
     }
     const float none[PER] = {};
-    set_apart<128>(shared.groups[c].carried + apart_at(lane, 2 * PER), g);
-    set_apart<128>(shared.groups[c].A + apart_at(lane, PER), A);
+    set<128>(shared.groups[c].carried + apart_at(lane, 2 * PER), g);
+    set<128>(shared.groups[c].A + apart_at(lane, PER), A);
     if (s == 0) {
       shared.groups[c == 0 ? groups - 1 : c - 1].near[channel].x = HAS_BIAS && there ? p.delta_bias[d] : 0.f;
       shared.groups[c == groups - 1 ? 0 : c + 1].near[channel].y = HAS_D && there ? p.D[d] : 0.f;
@@ -747,7 +747,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       last_slot = slot;
       slot = slot == (RING - 1) * SLOT_BYTES ? 0 : slot + SLOT_BYTES;
       float A[PER], h[PER], b_fixed[PER], c_fixed[PER];
-      get_apart<128>(A, group->A + apart_at(lane, PER)), get_apart<4 * LANES>(h, kept);
+      get<128>(A, group->A + apart_at(lane, PER)), get<4 * LANES>(h, kept);
       const float2 near = group->near[channel];
       if constexpr (CONST_B) get(b_fixed, group->fixed_B[0][lane]);
       if constexpr (CONST_C) get(c_fixed, group->fixed_C[0][lane]);
@@ -806,7 +806,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
       // ---- backward
       float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER];
-      get_apart<128>(carried, group->carried + apart_at(lane, 2 * PER));
+      get<128>(carried, group->carried + apart_at(lane, 2 * PER));
 #pragma unroll
       for (int k = 0; k < PER; k++) g[k] = carried[k], dA[k] = dB_fixed[k] = dC_fixed[k] = 0.f;
 #pragma unroll
@@ -845,7 +845,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       }
 #pragma unroll
       for (int k = 0; k < PER; k++) carried[k] = g[k], carried[PER + k] += dA[k];  // a tile at a time: long sums lose less
-      set_apart<128>(group->carried + apart_at(lane, 2 * PER), carried);
+      set<128>(group->carried + apart_at(lane, 2 * PER), carried);
       if constexpr (CONST_B) {
         float* const at = group->fixed_B[1][lane];
 #pragma unroll
@@ -911,7 +911,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     }
     if (!exists(c)) continue;
     float carried[2 * PER];
-    get_apart<128>(carried, shared.groups[c].carried + apart_at(lane, 2 * PER));
+    get<128>(carried, shared.groups[c].carried + apart_at(lane, 2 * PER));
     if (HAS_D && s == 0) deposit(p.dD + part + d, total.x);
     if (HAS_BIAS && s == 0) deposit(p.ddelta_bias + part + d, total.y);
 #pragma unroll

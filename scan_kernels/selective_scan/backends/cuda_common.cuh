@@ -178,13 +178,15 @@ DEVICE float step_slope(float raw, float e, float scale) {
 #endif
 }
 
-// N neighbours, aligned where 4 or 2 divide N, from and to shared memory
-template <int N>
+// N neighbours, aligned where 4 or 2 divide N, from and to shared memory. Where 4 does, vectors of four may lie STRIDE
+// apart, so that lanes next to each other have theirs next to each other: they would meet at a bank, if each had all of
+// its vectors in a row.
+template <int STRIDE = 4, int N>
 DEVICE void get(float (&v)[N], const float* from) {
   if constexpr (N % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
-      const float4 q = *(const float4*)(from + i);
+      const float4 q = *(const float4*)(from + i / 4 * STRIDE);
       v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
     }
   } else if constexpr (N % 2 == 0) {
@@ -198,41 +200,17 @@ DEVICE void get(float (&v)[N], const float* from) {
     for (int i = 0; i < N; i++) v[i] = from[i];
   }
 }
-template <int N>
+template <int STRIDE = 4, int N>
 DEVICE void set(float* to, const float (&v)[N]) {
   if constexpr (N % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < N; i += 4) *(float4*)(to + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    for (int i = 0; i < N; i += 4) *(float4*)(to + i / 4 * STRIDE) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
   } else if constexpr (N % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) *(float2*)(to + i) = make_float2(v[i], v[i + 1]);
   } else {
 #pragma unroll
     for (int i = 0; i < N; i++) to[i] = v[i];
-  }
-}
-
-// The same where vectors of four lie STRIDE apart, so that lanes next to each other have theirs next to each other: they
-// would meet at a bank, if each had all of its vectors in a row. Other N lie as above.
-template <int STRIDE, int N>
-DEVICE void get_apart(float (&v)[N], const float* from) {
-  if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 q = *(const float4*)(from + i / 4 * STRIDE);
-      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
-    }
-  } else {
-    get(v, from);
-  }
-}
-template <int STRIDE, int N>
-DEVICE void set_apart(float* to, const float (&v)[N]) {
-  if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) *(float4*)(to + i / 4 * STRIDE) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
-  } else {
-    set(to, v);
   }
 }
 // Where the first of a lane's (or slice's) N lies among all lanes' that lie so.

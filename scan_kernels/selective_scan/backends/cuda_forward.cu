@@ -122,7 +122,7 @@ struct Projection {
 };
 // A lane's states of one step of such a tile.
 DEVICE void states_of(float (&v)[PER], const float* tile, int step, int slice) {
-  get_apart<4 * LANES>(v, tile + step * PITCH + apart_at(slice, PER));
+  get<4 * LANES>(v, tile + step * PITCH + apart_at(slice, PER));
 }
 
 // The same where they may be constant in time.
