@@ -68,14 +68,18 @@ def tune(
     default: Name,
     budget: float = math.inf,
     progress: Callable[[Trial], None] = lambda trial: None,
+    *,
+    finalists_only: bool = False,
 ) -> Result:
     """Find the fastest candidate that passes the gate.
 
     default: what runs if nobody tunes; it is replaced only if the gap exceeds the noise, see ``noise``. budget:
     seconds for all of it; what is being compiled or timed as they end is finished, and the final is always held.
-    progress: called with each trial as it is made.
+    progress: called with each trial as it is made. finalists_only: judge none but those that reach the final, for
+    a bound on what tuning can find in less time; of the others, a trial then says nothing about right or wrong.
     """
     trials: dict[Name, Trial] = {}
+    judged: set[Name] = set()
     begin = time.perf_counter()
     unseen: set[Name] = set()
 
@@ -84,12 +88,14 @@ def tune(
         progress(trial)
 
     def admitted(name: Name) -> bool:
-        if name not in trials:
+        if name not in judged and not (name in trials and trials[name].reason):
+            judged.add(name)
             try:
                 reason = runner.judge(name)
             except (Failed, Lost) as e:
                 reason = str(e)
-            note(Trial(name, reason=reason or ""))
+            if reason or name not in trials:
+                note(Trial(name, reason=reason or ""))
         return not trials[name].reason
 
     def timed(names: list[Name], seconds: float, final: bool) -> dict[Name, float]:
@@ -108,7 +114,7 @@ def tune(
 
     def look(name: Name, seconds: float) -> dict[Name, float]:
         if time.perf_counter() - begin < LOOKS * budget or not trials:
-            return timed([name], seconds, False) if admitted(name) else {}
+            return timed([name], seconds, False) if finalists_only or admitted(name) else {}
         if (seen := trials.get(name)) is None:
             unseen.add(name)
         return {name: seen.timing.median_s} if seen and seen.timing else {}

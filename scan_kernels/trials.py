@@ -38,12 +38,13 @@ class Bench:
         with check.poisoned():
             pass
 
-    def compile(self, problem: dict[str, Any], backend: str, config: dict[str, Any]) -> None:
-        """Compile all that judging and timing will launch, as far as the backend can without launching it."""
+    def compile(self, problem: dict[str, Any], backend: str, config: dict[str, Any], gates: bool = True) -> None:
+        """Compile all that timing and, with ``gates``, judging will launch, as far as is possible without launching."""
         module, made, posed = self._candidate(problem, backend, config)
         if (prepare := getattr(module, f"prepare_{posed.direction}", None)) is not None:
             slender = self.op.cases.slender(posed)
-            for case, small in [*self.op.cases.gates(posed), (self.op.cases.posed(slender), slender)]:
+            judged = self.op.cases.gates(posed) if gates else []
+            for case, small in [*judged, (self.op.cases.posed(slender), slender)]:
                 arguments, _ = self.op.cases.pose(case.make(self.device.torch, seed=0), small, run=False)
                 prepare(small, *arguments, made)
 

@@ -76,14 +76,16 @@ class Session:
         budget: float = BUDGETS["quick"],
         backends: Sequence[str] | None = None,
         progress: Callable[[tuner.Trial], None] = lambda trial: None,
+        *,
+        finalists_only: bool = False,
     ) -> tuner.Result:
         """Try candidates of ``backends`` (None: of all), and of the others what they run as things stand.
 
-        budget: seconds; with ``BUDGETS["full"]`` every candidate is looked at. Errors: BackendUnavailable where none,
-        or not one of ``backends``, can run the problem.
+        budget: seconds; with ``BUDGETS["full"]`` every candidate is looked at. finalists_only: see ``tuner.tune``.
+        Errors: BackendUnavailable where none, or not one of ``backends``, can run the problem.
         """
         names, default, keep = self._candidates(problem, backends)
-        remote = _Remote(self, problem)
+        remote = _Remote(self, problem, gates=not finalists_only)
         remote.expect(names)
         self._worker.start()
         begin = time.perf_counter()
@@ -95,7 +97,8 @@ class Session:
             strategy = search.exhaustive(names, look, final, keep)
         else:
             strategy = search.halving(names, look, final, keep, group=lambda name: name[0])
-        result = tuner.tune(remote, strategy, default, budget - (time.perf_counter() - begin), progress)
+        left = budget - (time.perf_counter() - begin)
+        result = tuner.tune(remote, strategy, default, left, progress, finalists_only=finalists_only)
         if result.winner is not None:
             self._winners.append((problem.bucket(), result.winner))
         return dataclasses.replace(result, seconds=time.perf_counter() - begin)
@@ -215,10 +218,10 @@ class _Compiler:
 
 
 class _Remote:
-    """The tuner's Runner for one problem: asks the session's processes."""
+    """The tuner's Runner for one problem: asks the session's processes. gates: compile ahead what judging takes."""
 
-    def __init__(self, session: Session, problem: Any):
-        self.session, self.problem = session, problem
+    def __init__(self, session: Session, problem: Any, gates: bool = True):
+        self.session, self.problem, self.gates = session, problem, gates
         self.queue: list[Name] = []
         self.compiled: dict[Name, str | None] = {}  # None, or what went wrong; a name that is not here was not begun
         self.trusted: tuple[str, dict[str, Any]] | None = None  # the first that passed, whichever worker judged it
@@ -233,14 +236,9 @@ class _Remote:
 
     def judge(self, name: Name) -> str | None:
         self.ready()
-        while any(c.job == (self, name) for c in self.session._compilers):
-            self._feed()
-            time.sleep(0.002)
-        if (reason := self.compiled.get(name)) is not None:
+        if (reason := self._compile(name)) is not None:
             return reason
-        if name in self.queue:
-            self.queue.remove(name)
-        patience = self.session.patience * (1 if name in self.compiled else COMPILING)
+        patience = self.session.patience * (1 if self.gates and name in self.compiled else COMPILING)
         backend, config = name[0], dataclasses.asdict(name[1])
         reason = self._ask("judge", patience, backend=backend, config=config, trusted=self.trusted)
         if reason is None and self.trusted is None:
@@ -249,9 +247,22 @@ class _Remote:
 
     def time(self, names: Sequence[Name], seconds: float) -> list[timer.Timing]:
         self.ready()
-        patience = self.session.patience + 10 * len(names) * seconds
+        for name in names:
+            if (reason := self._compile(name)) is not None:
+                raise Failed(reason)
+        compiled = self.gates or all(n in self.compiled for n in names)
+        patience = self.session.patience * (1 if compiled else COMPILING) + 10 * len(names) * seconds
         candidates = [(backend, dataclasses.asdict(config)) for backend, config in names]
         return [timer.Timing(**t) for t in self._ask("time", patience, candidates=candidates, seconds=seconds)]
+
+    def _compile(self, name: Name) -> str | None:
+        """Wait for a process that compiles it, or have none begin; None, or what went wrong there."""
+        while any(c.job == (self, name) for c in self.session._compilers):
+            self._feed()
+            time.sleep(0.002)
+        if name in self.queue:
+            self.queue.remove(name)
+        return self.compiled.get(name)
 
     def _ask(self, method: str, timeout: float, **arguments: Any) -> Any:
         """Ask the worker; while it works, keep the compilers fed."""
@@ -279,7 +290,8 @@ class _Remote:
                 name = self.queue.pop(0)
                 c.job, c.deadline = (self, name), time.monotonic() + COMPILING * self.session.patience
                 backend, config = name[0], dataclasses.asdict(name[1])
-                c.worker.post("compile", problem=self.problem.key(), backend=backend, config=config)
+                job = {"backend": backend, "config": config, "gates": self.gates}
+                c.worker.post("compile", problem=self.problem.key(), **job)
 
 
 def _choices(result: tuner.Result) -> list[dict[str, Any]]:

@@ -602,6 +602,29 @@ def tune(runner, strategy=None, **options):
     return tuner.tune(runner, strategy or search.exhaustive(names, 0.1, 1.0, keep=names[:1]), names[0], **options)
 
 
+def test_finalists_alone_are_judged_where_that_is_asked_for_and_a_wrong_one_never_wins():
+    class Quick(Playback):  # what is wrong takes time, too, and the least
+        def time(self, names, seconds):
+            self.asked.append(list(names))
+            return [
+                Timing(t, t, t, self.runs, "played") for t in (float(str(self.times[n]).split()[-1]) for n in names)
+            ]
+
+        def judge(self, name):
+            self.judged.append(name)
+            return super().judge(name)
+
+    runner = Quick(
+        {"default": 4.0, "wrong": "wrong result: out 0.5", "good": 1.0, **{f"slow {k}": 2.0 + k for k in range(5)}}
+    )
+    runner.judged = []
+    result = tune(runner, finalists_only=True)
+    assert result.winner == "good"
+    assert sorted(runner.judged) == ["default", "good", "slow 0", "wrong"]
+    assert result.trials["wrong"].reason == "wrong result: out 0.5"
+    assert "wrong" not in runner.asked[-1]
+
+
 def test_a_wrong_and_a_lost_candidate_are_trials_with_a_reason_and_never_win():
     runner = Playback({"default": 4.0, "wrong": "wrong result: out", "lost": 0.1, "good": 1.0}, lost=["lost"])
     result = tune(runner)

@@ -269,7 +269,7 @@ class Played(tuning.Session):
     def verify(self, problem, backend, config):
         return self.verdicts.get(backend)
 
-    def tune(self, problem, budget, backends=None, progress=lambda trial: None):
+    def tune(self, problem, budget, backends=None, progress=lambda trial: None, finalists_only=False):
         names, default, _ = self._candidates(problem, backends)
         trials = {}
         for k, name in enumerate(names):

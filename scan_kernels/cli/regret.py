@@ -70,7 +70,7 @@ def _measured(op: Op, session: Any, problem: Any, budget: float) -> Record:
     # the quick ones come first, so that the very first finds nothing compiled
     for name, seconds in (("tuned", budget), ("tuned again", budget), (EXHAUSTIVE, tuning.BUDGETS["full"])):
         session.forget()
-        result = session.tune(problem, seconds)
+        result = session.tune(problem, seconds, finalists_only=name == EXHAUSTIVE)
         if result.winner is None:
             return {"problem": problem.key(), "failed": "no candidate passed"}
         chosen[name], took[name] = result.winner, round(result.seconds, 2)

@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", metavar="DTYPE", help="bf16, fp16 or fp32 (default: bf16, on a CPU fp32)")
     parser.add_argument(
         "--shapes", nargs="+", metavar="SHAPE",
-        help="in place of these: default (layers of Mamba models), small, the name of a case, or "
-        "batch,dim,length,state[,bf16|fp16|fp32]",
+        help="in place of these: default (layers of Mamba models), table (what the shipped tables hold), small, the "
+        "name of a case, or batch,dim,length,state[,bf16|fp16|fp32]",
     )  # fmt: skip
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE",
@@ -147,8 +147,8 @@ def _named(op: Op, args: argparse.Namespace, device: Device) -> list[Any]:
         raise BadArgument("--shapes: expected without --batch, --length, --state and --dtype")
     cases, known = [], {c.name: c for c in op.cases.CASES}
     for text in args.shapes or ["default"]:
-        if text in ("default", "small"):
-            tag = "small" if text == "small" else {"cuda": "gpu", "cpu": "cpu"}[device.kind]
+        if text in ("default", "table", "small"):
+            tag = {"cuda": "gpu", "cpu": "cpu"}[device.kind] if text == "default" else text
             cases += op.cases.tagged(f"tune-{tag}")
         elif text in known:
             cases.append(known[text])

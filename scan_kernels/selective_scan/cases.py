@@ -1,7 +1,8 @@
 """Named selective-scan problems that tests, check, tuner and report all read, and how each is run and judged.
 
 Tags: ``ci`` small, for every machine; ``gpu`` larger, for a GPU; ``bench-gpu``, ``bench-cpu`` what speed is reported
-on; ``tune-gpu``, ``tune-cpu`` what ``tune`` tunes by default; ``tune-small`` what it tries itself out on.
+on; ``tune-gpu``, ``tune-cpu`` what ``tune`` tunes by default; ``tune-table`` what the tables that are shipped hold;
+``tune-small`` what it tries itself out on.
 """
 
 from __future__ import annotations
@@ -486,13 +487,27 @@ def _gpu() -> list[Case]:
 def _bench() -> list[Case]:
     gpu = [(8, 5120, 2048), (64, 1536, 512), (1, 5120, 4096), (1, 2048, 65536), (1, 1024, 524288)]
     named = [
-        Case(f"{b}x{d}x{n}", batch=b, dim=d, length=n, dtype="bfloat16", tags=("bench-gpu", "tune-gpu"))
+        Case(f"{b}x{d}x{n}", batch=b, dim=d, length=n, dtype="bfloat16", tags=("bench-gpu", "tune-gpu", "tune-table"))
         for b, d, n in gpu
     ]
     models = [(1, 1536, 2048), (16, 1536, 2048), (1, 5120, 2048), (4, 5120, 2048), (1, 1536, 16384)]
     named += [
-        Case(f"{b}x{d}x{n}", batch=b, dim=d, length=n, dtype="bfloat16", tags=("tune-gpu",)) for b, d, n in models
+        Case(f"{b}x{d}x{n}", batch=b, dim=d, length=n, dtype="bfloat16", tags=("tune-gpu", "tune-table"))
+        for b, d, n in models
     ]
+    # one layer alone and a batch that fills a GPU, for what the shapes above are not
+    few, many = (1, 1536, 4096), (8, 2048, 2048)
+    others: list[dict[str, Any]] = [
+        *({"dtype": t} for t in ("float16", "float32")),
+        {"layout": "dim"},
+        *({"state": n} for n in (8, 32, 64, 128, 256)),
+        *({"state": n, "dtype": t} for t in ("float16", "float32") for n in (8, 32, 64, 128, 256)),
+    ]
+    named += [
+        Case("-".join((f"{b}x{d}x{n}", *map(str, other.values()))), batch=b, dim=d, length=n,
+             **{"dtype": "bfloat16"} | other, tags=("tune-table",))
+        for other in others for b, d, n in (few, many)
+    ]  # fmt: skip
     return [
         *named,
         Case("1x1536x2048-fp32", batch=1, dim=1536, length=2048, tags=("bench-cpu", "tune-cpu")),

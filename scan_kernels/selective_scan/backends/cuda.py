@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ FORWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"
 BACKWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_backward.cu"
 SCAN, LEAVE, ADJOINT, EXPAND = 0, 1, 2, 3  # MODE of cuda_forward.cu
 MOST_GROUPS = 64  # groups of channels of a block, backward
+MOST_SPLITS = 128  # forward: parts of a row's time
 SCRATCH = 512 << 20  # bytes that the states which enter the tiles of a backward may take; more are made in parts
 
 
@@ -224,34 +226,40 @@ def _relays(problem: Problem, device: Any) -> list[tuple[float, Config]]:
 
 
 def _forward_configs(problem: Problem, device: Any) -> list[Config]:
-    make = functools.partial(_forward, problem)
     channels = problem.rows * problem.dim
     most = min(32, _power_of_two(problem.state))
     least = min(most, max(1, _power_of_two(_ceil(problem.state, 8))))
-    per_row = problem.length / problem.rows if problem.sequences else problem.length
-    longest = max(1, int(per_row // 256))
-    # enough lanes to keep every scheduler busy (9.5 warps a multiprocessor), up to four times the fewest
-    wanted = 9.5 * device.units * 32
+    longest = max(1, int(_row_length(problem) // 256))
+    # enough lanes to keep every scheduler busy: so many warps a multiprocessor, up to so many times the fewest lanes.
+    # Many states give a lane so much to do at once that fewer warps suffice, and then sums over lanes cost more.
+    wanted = (9.5 if problem.state <= 16 else 7.5) * device.units * 32
+    further = 4 if problem.state <= 32 else 2
     lanes = least
-    while lanes < min(most, 4 * least) and channels * lanes < wanted:
+    while lanes < min(most, further * least) and channels * lanes < wanted:
         lanes *= 2
     relays = _relays(problem, device) if most >= 4 and lanes > least and longest > 1 else []
-    relay_first = [config for share, config in relays if share >= 0.7]
+    relay_first = [config for share, config in relays if share >= 0.7 and problem.state <= 32]
     splits = 1
     # of many states, B and C of a step are much to stage: the more channels share them, the better
-    sizes: tuple[int, ...] = (4, 8, 2) if problem.state <= 64 else (16, 8, 4)
-    fits = shared_bytes(problem, make(least, sizes[0], 32)) <= device.shared_memory
-    tile = 32 if most > 1 and fits else 16
+    sizes: tuple[int, ...] = (4, 8, 2) if problem.state <= 32 else (4, 8, 16) if problem.state <= 64 else (16, 8, 4)
+
+    def make(lanes: int, warps: int, splits: int = 1) -> Config:
+        long = _forward(problem, lanes, warps, 32, splits)
+        return long if most > 1 and valid(problem, device, long) else _forward(problem, lanes, warps, 16, splits)
+
     if channels * lanes < 0.8 * wanted and longest > 1:
         # too few channels even so: cut time, at the cost of a second, state-only pass
         lanes = least
-        config = make(lanes, sizes[0], tile)
+        config = make(lanes, sizes[0])
         count = problem.rows * _block_count(problem, config)
-        splits = min(longest, max(1, 2 * device.units * config.blocks // count))
+        # parts follow one another where the states that enter them are found
+        splits = min(longest, MOST_SPLITS, max(1, 2 * device.units * config.blocks // count))
+        while lanes < most and channels * lanes * splits < 0.8 * wanted:
+            lanes *= 2
     elif problem.state > 64:
-        wide = [w for w in sizes if problem.rows * _block_count(problem, make(lanes, w, tile)) >= 0.75 * device.units]
+        wide = [w for w in sizes if problem.rows * _block_count(problem, make(lanes, w)) >= 0.75 * device.units]
         sizes = tuple(sorted(sizes, key=lambda w: w not in wide))
-    first = make(lanes, sizes[0], tile, splits)
+    first = make(lanes, sizes[0], splits)
     found = [first]
     fifth = dataclasses.replace(first, blocks=5)
     slim = problem.state == 16 and problem.dtype != "float32" and problem.layout == "length" and first.blocks == 4
@@ -264,9 +272,9 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
         if not least <= other <= most:
             continue
         for cut in dict.fromkeys((splits, min(longest, 2 * splits), _ceil(splits, 2), 1)):
-            found += [make(other, warps, tile, cut) for warps in sizes]
-    few = (4, 2, 1) if problem.state <= 64 else sizes
-    found += [make(x, warps, 16) for x in dict.fromkeys((lanes, most, least)) for warps in few]
+            found += [make(other, warps, cut) for warps in sizes]
+    few = (4, 2, 1) if problem.state <= 32 else sizes
+    found += [_forward(problem, x, warps, 16) for x in dict.fromkeys((lanes, most, least)) for warps in few]
     return [*relay_first, *found, *(config for _, config in relays)]
 
 
@@ -294,22 +302,57 @@ def _backward_splits(problem: Problem, config: Config, units: int, fits: int) ->
     ``units`` multiprocessors, once or twice, each with an estimate of its time, in units of what the work would take.
     """
     work, resident = problem.rows * _block_count(problem, config), units * fits
-    per_row = problem.length / problem.rows if problem.sequences else problem.length
-    longest = max(1, int(per_row // max(64, problem.checkpoint)))
+    longest = max(1, int(_row_length(problem) // max(64, problem.checkpoint)))
     found = []
     for splits in dict.fromkeys((1, *(max(1, min(longest, waves * resident // work)) for waves in (1, 2)))):
-        tiles = max(1, per_row / splits / config.tile)
-        each = _ceil(int(tiles), config.warps) * config.groups  # items of a warp, which starts an item after another's
-        behind = (each + config.warps - 1) * config.warps / (tiles * config.groups)
-        waiting = max(1.0, config.warps / config.groups)
-        entering = 0.3 * (splits - 1) / splits  # the pass that finds the adjoints between parts
-        filled = problem.rows * problem.dim * splits / (_ceil(work * splits, resident) * resident * config.channels)
-        estimate = behind * waiting * (1 + 0.9 / config.groups) / filled + entering  # a tile takes 0.9 items more
-        # enough parts for that pass, of two lanes a channel, to fill a GPU twice
-        wanted = 2 * 16 * 16 * units / (problem.rows * problem.dim * splits)
-        finer = max(1, min(round(wanted), int(per_row / splits // max(128, problem.checkpoint)))) if splits > 1 else 1
-        found.append((estimate, dataclasses.replace(config, splits=splits, finer=finer)))
+        cut = dataclasses.replace(config, splits=splits)
+        estimate = _backward_time(problem, cut, resident)
+        entering, finer = _entering_time(problem, cut, units)
+        found.append((estimate + entering, dataclasses.replace(cut, finer=finer)))
     return found
+
+
+def _row_length(problem: Problem) -> float:
+    """Steps of a row; of packed ones, on the average."""
+    return problem.length / problem.rows if problem.sequences else problem.length
+
+
+def _backward_time(problem: Problem, config: Config, resident: int) -> float:
+    """Of the backward's scan, where so many blocks find a place, an estimate as ``_backward_splits`` has it."""
+    span, per_row = _spans(problem, config)[1], _row_length(problem)
+    parts = max(1.0, per_row / span)
+    each = _ceil(_ceil(span, config.tile), config.warps) * config.groups  # items of a warp, which starts behind another
+    behind = (each + config.warps - 1) * config.warps * config.tile / (min(span, per_row) * config.groups)
+    waiting = max(1.0, config.warps / config.groups)
+    waves = math.ceil(problem.rows * _block_count(problem, config) * parts / resident)
+    filled = problem.rows * problem.dim * parts / (waves * resident * config.channels)
+    # measured: a tile takes 0.9 items more, and a part begins and ends in the time of 1.3 tiles
+    return behind * waiting * (1 + 0.9 / config.groups) / filled + 1.3 * config.tile / span
+
+
+def _entering_time(problem: Problem, config: Config, units: int) -> tuple[float, int]:
+    """(time of the pass that finds the adjoints between parts, estimated as above; the ``finer`` of which that is)."""
+    splits, span, _ = _spans(problem, config)
+    per_row = _row_length(problem)
+    if splits == 1 or span >= per_row:
+        return 0.0, 1
+    needed = 1 - span / per_row  # nobody asks for what enters a row's last part
+
+    def time(finer: int) -> float:
+        # measured: a start takes the time of 170 steps, and a multiprocessor is busy with 14 warps
+        warps = (
+            problem.rows * problem.dim * _adjoint_lanes(problem, span // finer) / 32 * per_row / span * finer * needed
+        )
+        return 0.3 * needed * (1 + 170 * finer / span) * max(1.0, 14 * units / warps) ** 0.5
+
+    unit = _lcm_unit(problem, config.tile)
+    return min((time(f), f) for f in (1, 2, 4, 8, 16, 32) if f == 1 or span % (unit * f) == 0)
+
+
+def _adjoint_lanes(problem: Problem, span: int) -> int:
+    """Lanes of a channel in the pass that finds the adjoints between parts of so many steps."""
+    share = 1 if problem.state == 1 else 8 if span >= 1024 else 4  # states of a lane
+    return min(32, _power_of_two(_ceil(problem.state, share)))
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
@@ -413,9 +456,7 @@ def _entering(problem: Problem, config: Config) -> tuple[int, Config] | None:
         return LEAVE, config
     span = _finer_spans(problem, config)[1]
     tile = 32 if span % 32 == 0 and problem.state <= 64 else 16
-    share = 1 if problem.state == 1 else 8 if span >= 1024 else 4  # states of a lane
-    lanes = min(32, _power_of_two(_ceil(problem.state, share)))
-    return ADJOINT, _forward(problem, lanes, 4, tile)
+    return ADJOINT, _forward(problem, _adjoint_lanes(problem, span), 4, tile)
 
 
 def _expanding(problem: Problem, config: Config) -> Config | None:
