@@ -55,6 +55,9 @@ class Runner(Protocol):
     def expect(self, names: Sequence[Name]) -> None:
         """These will be asked for, in this order: a hint, to compile them meanwhile."""
 
+    def next(self, names: Sequence[Name], patience: float) -> Name:
+        """Which of these to look at next: one that is compiled, if there is one within so many seconds."""
+
     def judge(self, name: Name) -> str | None:
         """None, or why the candidate must not win."""
 
@@ -119,13 +122,25 @@ def tune(
             unseen.add(name)
         return {name: seen.timing.median_s} if seen and seen.timing else {}
 
+    def looks(names: list[Name], seconds: float) -> dict[Name, float]:
+        left = list(names)
+        times: dict[Name, float] = {}
+        while left:
+            patience = LOOKS * budget - (time.perf_counter() - begin)
+            if patience <= 0:
+                runner.expect([])
+            name = runner.next(left, patience) if patience > 0 and trials else left[0]
+            left.remove(name)
+            times |= look(name, seconds)
+        return times
+
     request = next(strategy, None)
     while request is not None:
         runner.expect([n for n in request.names if n not in trials])
         if request.together:
             times = timed([n for n in request.names if admitted(n)], request.seconds, True)
         else:
-            times = {n: s for name in request.names for n, s in look(name, request.seconds).items()}
+            times = looks(request.names, request.seconds)
         try:
             request = strategy.send(times)
         except StopIteration:

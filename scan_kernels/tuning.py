@@ -234,11 +234,22 @@ class _Remote:
         """Have made what all candidates share, also in a worker that took a lost one's place."""
         self._ask("ready", READY_S)
 
+    def next(self, names: Sequence[Name], patience: float) -> Name:
+        """One that is compiled, or the first of them where none is or will be."""
+        deadline = time.monotonic() + patience
+        while True:
+            self._feed()
+            found = next((n for n in names if n in self.compiled), None)
+            coming = any(n in self.queue or self._is_at(n) for n in names)
+            if found is not None or not coming or time.monotonic() > deadline:
+                return names[0] if found is None else found
+            time.sleep(0.002)
+
     def judge(self, name: Name) -> str | None:
         self.ready()
         if (reason := self._compile(name)) is not None:
             return reason
-        patience = self.session.patience * (1 if self.gates and name in self.compiled else COMPILING)
+        patience = self.session.patience * (1 if self.gates and self._is_ahead(name) else COMPILING)
         backend, config = name[0], dataclasses.asdict(name[1])
         reason = self._ask("judge", patience, backend=backend, config=config, trusted=self.trusted)
         if reason is None and self.trusted is None:
@@ -250,14 +261,22 @@ class _Remote:
         for name in names:
             if (reason := self._compile(name)) is not None:
                 raise Failed(reason)
-        compiled = self.gates or all(n in self.compiled for n in names)
-        patience = self.session.patience * (1 if compiled else COMPILING) + 10 * len(names) * seconds
+        patience = self.session.patience * (1 if self.gates or all(map(self._is_ahead, names)) else COMPILING)
+        patience += 10 * len(names) * seconds
         candidates = [(backend, dataclasses.asdict(config)) for backend, config in names]
         return [timer.Timing(**t) for t in self._ask("time", patience, candidates=candidates, seconds=seconds)]
 
+    def _is_ahead(self, name: Name) -> bool:
+        """Whether all that it launches is compiled: a backend need not be able to without launching it."""
+        module = self.session.op.backends[name[0]]
+        return name in self.compiled and hasattr(module, f"prepare_{self.problem.direction}")
+
+    def _is_at(self, name: Name) -> bool:
+        return any(c.job == (self, name) for c in self.session._compilers)
+
     def _compile(self, name: Name) -> str | None:
         """Wait for a process that compiles it, or have none begin; None, or what went wrong there."""
-        while any(c.job == (self, name) for c in self.session._compilers):
+        while self._is_at(name):
             self._feed()
             time.sleep(0.002)
         if name in self.queue:

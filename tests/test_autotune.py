@@ -579,9 +579,13 @@ class Playback:
         self.times, self.spread, self.runs, self.cost = times, spread, runs, cost
         self.fails, self.lost = set(fails), set(lost)
         self.expected, self.asked = [], []
+        self.compiled_at = {}  # by when, if not from the start
 
     def expect(self, names):
         self.expected.append(list(names))
+
+    def next(self, names, patience):
+        return min(names, key=lambda n: self.compiled_at.get(n, 0.0))
 
     def judge(self, name):
         time.sleep(self.cost)
@@ -623,6 +627,13 @@ def test_finalists_alone_are_judged_where_that_is_asked_for_and_a_wrong_one_neve
     assert sorted(runner.judged) == ["default", "good", "slow 0", "wrong"]
     assert result.trials["wrong"].reason == "wrong result: out 0.5"
     assert "wrong" not in runner.asked[-1]
+
+
+def test_what_is_compiled_first_is_looked_at_first():
+    runner = Playback({k: 1.0 + k for k in range(8)})
+    runner.compiled_at = {1: 9.0, 2: 5.0, 5: 7.0}
+    tune(runner)
+    assert [n for (n,) in runner.asked[:-1]] == [0, 3, 4, 6, 7, 2, 5, 1]
 
 
 def test_a_wrong_and_a_lost_candidate_are_trials_with_a_reason_and_never_win():
