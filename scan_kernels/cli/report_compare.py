@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PLANTED, WRONG = 0.03, 0.05  # a slowdown that must be found, and the share of cells that may be misjudged
 ROUNDS = 2  # of equal code, equal code again, and slowed-down code
-SLOW_S = 0.05  # seconds of a call that is not worth telling apart
+LEAST_CALLS = 4  # in a measurement: of slower ones nothing can be told
 
 
 def show(old: dict[str, Any], new: dict[str, Any], out: Console) -> int:
@@ -85,8 +85,7 @@ def self_check(device: Device, seconds: float, root: Path, about: dict[str, str]
                         known = {
                             k: records[0][key]["median_s"] for k in able if (key := (case.name, use, k)) in records[0]
                         }
-                        # slow ones give too few samples to tell anything
-                        calls = {k: c for k, c in calls.items() if known.get(k, 0.0) < SLOW_S}
+                        calls = {k: c for k, c in calls.items() if LEAST_CALLS * known.get(k, 0.0) < seconds}
                         if slowed:
                             calls = {k: _slowed(c, known[k], device) for k, c in calls.items()}
                         for name, timing in together(calls, device, seconds=seconds).items():
@@ -97,7 +96,7 @@ def self_check(device: Device, seconds: float, root: Path, about: dict[str, str]
                     bar.update(task, advance=1, description=f"{kinds[i % len(kinds)]}: {case.name}, pass {n + 1}")
     for run, record in zip(runs, records, strict=True):
         for (case, *_), r in record.items():
-            if r["median_s"] < SLOW_S:
+            if LEAST_CALLS * r["median_s"] < seconds:
                 run["cases"].append({"name": case, "title": case, "results": [r]})
     found: dict[str, list[Any]] = {"same": [], "planted": []}
     for i in range(0, len(runs), len(kinds)):
