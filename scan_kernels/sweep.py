@@ -149,6 +149,8 @@ HEAD = 64  # channels of a head of attention
 FIGURE = {"cuda": Axis("length", 512, 1 << 20, dim=1024), "cpu": Axis("length", 512, 1 << 14, dim=64)}
 FIGURE_TOO_LONG = {"cpu": 0.5, "cuda": 1.5}
 FIGURE_USES = ("inference", "step")
+# the paper's is written in PyTorch; what torch.compile writes anew for each length would take most of the time
+FIGURE_PEERS = ("mamba_ssm", "mambapy", "plain torch")
 OPERATIONS = {
     "attention": "torch's scaled_dot_product_attention, causal, heads of 64; FlashAttention on a GPU",
     "convolution": "as long as the sequence, by torch's FFT in float32",

@@ -133,7 +133,8 @@ def _figure8(args: argparse.Namespace, device: Device) -> tuple[int, dict[str, A
     scan: Any = selective_scan
     ours = measure.Runner("scan-kernels", "backend", scan, lambda p: None)
     runners, peers = entrants(op, {}, device)
-    runners = [ours, *(r for r in runners if r.kind == "peer")]
+    runners = [ours, *(r for r in runners if r.name in sweep.FIGURE_PEERS)]
+    peers = [p for p in peers if p["name"] in sweep.FIGURE_PEERS]
     made = record["figure8"] if args.resume and record["figure8"] else {"points": []}
     made |= {
         "title": axis.title(dtype), "date": _now(), "command": _command(args), "sources": op.sources,
