@@ -86,6 +86,44 @@ def posed(case: Case, direction: str):
     return i, Kept(outputs.states, outputs.y), Cotangents(t["dout"], t["dlast_state"]), gradients
 
 
+# ms of backwards of (1, 1024, length), bfloat16, on an H200, by warps, blocks, groups, splits; of each the best `finer`
+MEASURED = {
+    8192: {
+        (2, 4, 26, 105): 0.347, (8, 1, 16, 8): 0.229, (4, 2, 16, 16): 0.231, (4, 2, 8, 8): 0.236, (8, 1, 64, 33): 0.237,
+        (8, 1, 8, 4): 0.239, (2, 4, 8, 16): 0.241, (8, 1, 16, 16): 0.242, (4, 2, 8, 16): 0.245, (8, 1, 8, 8): 0.245,
+    },
+    16384: {
+        (2, 4, 29, 117): 0.584, (8, 1, 16, 8): 0.434, (4, 2, 16, 16): 0.440, (4, 2, 8, 8): 0.447, (8, 1, 16, 16): 0.450,
+        (2, 4, 8, 16): 0.456, (8, 1, 8, 8): 0.460, (8, 1, 8, 4): 0.460, (8, 1, 32, 16): 0.437, (4, 2, 8, 16): 0.463,
+    },
+    65536: {
+        (4, 2, 64, 66): 1.654, (8, 1, 32, 16): 1.656, (2, 4, 29, 58): 1.658, (8, 1, 16, 8): 1.659,
+        (8, 1, 64, 33): 1.663, (4, 2, 32, 33): 1.665, (4, 2, 16, 16): 1.669, (2, 4, 32, 66): 1.670,
+        (8, 1, 16, 16): 1.683,
+    },
+}  # fmt: skip
+WORK = 58e9  # elements a second of a backward that nothing holds up
+
+
+@pytest.mark.parametrize("length", MEASURED)
+def test_a_backwards_estimated_time_is_about_what_was_measured(length):
+    problem = Case("", batch=1, dim=1024, length=length, dtype="bfloat16").problem("backward", "cuda")
+    estimates = {}
+    for (warps, blocks, groups, splits), ms in MEASURED[length].items():
+        config = cuda.Config(8, warps, 16, blocks, splits, groups=groups, relay=1)
+        estimate = cuda._backward_time(problem, config, H100.units * blocks)
+        estimate += cuda._entering_time(problem, config, H100.units)[0]
+        assert estimate * problem.elements / WORK == pytest.approx(ms * 1e-3, rel=0.1), config
+        estimates[estimate] = ms
+    assert estimates[min(estimates)] <= 1.05 * min(estimates.values())
+
+
+@pytest.mark.parametrize("sizes", [(1, 5120, 2048), (2, 2048, 2048), (4, 5120, 2048), (8, 5120, 2048)])
+def test_time_is_not_cut_where_channels_fill_the_gpu(sizes):
+    problem = Case("", *sizes, dtype="bfloat16").problem("backward", "cuda")
+    assert cuda.configs(problem, H100)[0].splits == 1
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
