@@ -1,7 +1,7 @@
 """What tuning learnt: one JSON file per key, and the look-up that dispatch asks.
 
 Three sources, best first: this machine's cache (what `tune` measured here), the table shipped for exactly this device,
-and the table shipped for its architecture. All hold the same entry:
+and the table shipped for its architecture, measured on as many multiprocessors. All hold the same entry:
 
     {"key": {"op",
              "validity": {"schema", "sources", "versions"},  what the kernels are made of
@@ -10,7 +10,8 @@ and the table shipped for its architecture. All hold the same entry:
      ...}                                                    measured problem, trials, clocks, date: for people to read
 
 A cached entry counts only where its whole key is equal; ``differences`` names the fields that are not. A shipped one
-must agree in problem and hardware, or problem and architecture; its validity says there what it was measured with.
+must agree in problem and hardware, or problem, architecture and multiprocessors; its validity says there what it was
+measured with.
 Whether a configuration suits the problem at hand is for the caller to check: a bucket holds many problems.
 
 Nothing that is read here is trusted: it is data, parsed as JSON, checked, and otherwise reported once and ignored.
@@ -58,6 +59,7 @@ class Entry:
     backend: str
     config: dict[str, Any]
     source: str  # "tuned", "shipped" or "architecture"
+    measured: dict[str, Any] | None = None  # the very problem that it was measured on, where that is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +176,8 @@ def shipped(key: Key) -> Iterator[Entry]:
         if hardware.items() <= entry["key"]["device"].items():
             yield from _entries(entry, "shipped")
     for entry in table(TABLES / key.device.arch / f"{key.op}.json").get(problem, ()):
-        yield from _entries(entry, "architecture")
+        if entry["key"]["device"].get("units") == key.device.units:
+            yield from _entries(entry, "architecture")
 
 
 def publish(key: Key, choices: list[dict[str, Any]], **record: Any) -> Path:
@@ -349,7 +352,8 @@ def _check(entry: Any) -> dict[str, Any]:
 
 def _entries(entry: dict[str, Any], source: str) -> Iterator[Entry]:
     for choice in entry["choices"]:
-        yield Entry(choice["backend"], choice["config"], source)
+        measured = entry.get("measured")
+        yield Entry(choice["backend"], choice["config"], source, measured if isinstance(measured, dict) else None)
 
 
 def _canonical(value: Any) -> str:

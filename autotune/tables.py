@@ -1,4 +1,8 @@
-"""Shipped tables: what was tuned on one device, kept for everybody who has such a device or one of its architecture.
+"""Shipped tables: what was tuned on one device, kept for everybody who has such a device or one of its kind.
+
+A device's kind is its architecture and how many multiprocessors it has: how work is cut into blocks is chosen for their
+number. On an A100, with 108 instead of 132, an H200's choices of the backward take 1.3 to 1.7 times as long as the rule
+of thumb's by the estimate of ``backends/cuda.py``; so no choice travels there.
 
 A table is one JSON file, data/<device>/<op>.json or data/<architecture>/<op>.json:
 
@@ -45,14 +49,15 @@ def compact(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def fallback(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each problem of several devices' tables, an entry with the choice whose worst case over them is best.
+    """For each problem and number of multiprocessors, an entry with the choice whose worst case over devices is best.
 
     The worst case of a configuration is how many times longer than the best it takes on the device that suits it
     least. Its ``seconds`` are those of that device.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
-        groups.setdefault(json.dumps(entry["key"]["problem"], sort_keys=True), []).append(entry)
+        subject = entry["key"]["problem"], entry["key"]["device"].get("units")
+        groups.setdefault(json.dumps(subject, sort_keys=True), []).append(entry)
     return [_compromise(groups[problem]) for problem in sorted(groups)]
 
 
@@ -70,7 +75,10 @@ def _compromise(group: list[dict[str, Any]]) -> dict[str, Any]:
         choice = {"backend": trial["backend"], "config": trial["config"], "seconds": seconds, "worst": round(ratio, 3)}
         choices.setdefault(trial["backend"], choice)
     devices = sorted({e["key"]["device"]["name"] for e in group})
-    return {"key": group[0]["key"], "choices": list(choices.values()) or group[0]["choices"], "from": devices}
+    made = {"key": group[0]["key"], "choices": list(choices.values()) or group[0]["choices"], "from": devices}
+    measured = group[0].get("measured")  # of a bucket, devices may have measured different problems
+    same = measured is not None and all(e.get("measured") == measured for e in group)
+    return made | {"measured": measured} if same else made
 
 
 def _cost(entry: dict[str, Any], trial: dict[str, Any]) -> tuple[float, float]:
@@ -83,7 +91,7 @@ def _cost(entry: dict[str, Any], trial: dict[str, Any]) -> tuple[float, float]:
 
 
 def write(folder: Path, op: str, entries: list[dict[str, Any]], provenance: dict[str, Any]) -> list[Path]:
-    """Merge entries of one device into its table, and make the architectures' tables anew from all devices' tables.
+    """Merge entries of one device into its table, and make its architecture's table anew from those of its devices.
 
     Returns the files written. Errors: OSError; ValueError where a table that is there cannot be read.
     """
@@ -93,16 +101,15 @@ def write(folder: Path, op: str, entries: list[dict[str, Any]], provenance: dict
     table = {"provenance": provenance, "entries": merged(old, entries)}
     store.write(path, table, store.MAX_TABLE, mode=0o644)
     written = [path]
+    arch = entries[0]["key"]["device"].get("arch")
     devices = [p for p in sorted(folder.glob(f"*/{op}.json")) if not p.parent.name.startswith("sm_")]
-    found = [e for p in devices for e in store.read_table(p)["entries"]]
-    gpus = [e for e in found if e["key"]["problem"].get("device") == "cuda"]
-    for arch in ARCHITECTURES:
-        own = [e for e in gpus if e["key"]["device"].get("arch") == arch]
-        if made := fallback(own or gpus):
-            path = path_of(folder, arch, op)
-            measured = provenance | {"from": sorted({name for e in made for name in e["from"]})}
-            store.write(path, {"provenance": measured, "entries": made}, store.MAX_TABLE, mode=0o644)
-            written.append(path)
+    found = [e for p in devices for e in store.read_table(p)["entries"] if e["key"]["device"].get("arch") == arch]
+    if arch in ARCHITECTURES:
+        made = fallback(found)
+        path = path_of(folder, arch, op)
+        measured = provenance | {"from": sorted({name for e in made for name in e["from"]})}
+        store.write(path, {"provenance": measured, "entries": made}, store.MAX_TABLE, mode=0o644)
+        written.append(path)
     store.table.cache_clear()
     return written
 

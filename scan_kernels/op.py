@@ -23,7 +23,13 @@ A backend whose ``configs`` differ between problems of one bucket may have
 
     valid(problem, device, config) -> bool     whether it can run the problem with this configuration
 
-so that a choice tuned for one of them serves the others; without it, only what ``configs`` lists is taken.
+so that a choice tuned for one of them serves the others; without it, only what ``configs`` lists is taken. It may have
+
+    SIZED: tuple[str, ...]                     fields of Config that depend on how large a problem is
+
+which a choice keeps for the very problem that it was measured on: for others it is the first of their ``configs`` that
+agrees with it in all other fields, if there is one. How work is cut into blocks for one size wastes up to half a GPU on
+another of the same bucket.
 
 A module that fails to import (its library is not installed) is a backend that cannot run, with that reason.
 """
@@ -186,8 +192,13 @@ class Op:
         self.forget()
         return True
 
-    def accept(self, problem, device: Device, backend: str, config: dict[str, Any]) -> tuple[Any, str]:
-        """(Config, "") if a stored choice can run this very problem; else (None, why not)."""
+    def accept(
+        self, problem, device: Device, backend: str, config: dict[str, Any], measured: dict[str, Any] | None = None
+    ) -> tuple[Any, str]:
+        """(Config, "") if a stored choice can run this very problem; else (None, why not).
+
+        measured: ``key()`` of the problem that the choice was measured on, where that is known.
+        """
         module = self.backends.get(backend)
         if not isinstance(module, ModuleType):
             return None, f"{backend}: {module or 'no such backend'}"
@@ -195,7 +206,10 @@ class Op:
             return None, f"{backend}: {reason}"
         found = config_from_dict(module.Config, config)
         if found is not None:
-            if hasattr(module, "valid"):
+            if (sized := getattr(module, "SIZED", ())) and measured != problem.key():
+                found = next((c for c in module.configs(problem, device) if _alike(c, found, sized)), None)
+                suits = found is not None
+            elif hasattr(module, "valid"):
                 suits = module.valid(problem, device, found)
             else:
                 suits = found in module.configs(problem, device)
@@ -235,7 +249,7 @@ class Op:
         passed: list[str] = []
         for entry in self._entries(problem, device):
             if backend in ("auto", entry.backend):
-                config, reason = self.accept(problem, device, entry.backend, entry.config)
+                config, reason = self.accept(problem, device, entry.backend, entry.config, entry.measured)
                 if config is not None:
                     module = self.backend(entry.backend, problem)
                     return Choice(entry.backend, config, entry.source, module, "; ".join(passed)), ""
@@ -267,6 +281,11 @@ class Op:
     def _explain(self, headline: str, problem) -> str:
         lines = [f"  {name}: {reason or 'can run it'}" for name, reason in self.reasons(problem).items()]
         return "\n".join([f"{self.name}: {headline}. Backends:", *lines])
+
+
+def _alike(a: Any, b: Any, sized: tuple[str, ...]) -> bool:
+    """Whether two configurations differ at most in these fields."""
+    return all(getattr(a, f.name) == getattr(b, f.name) for f in dataclasses.fields(a) if f.name not in sized)
 
 
 def _bucket(problem, device: Device) -> Hashable:

@@ -131,12 +131,14 @@ class Session:
         Returns the entry. Errors: OSError where it cannot be written; this process uses it all the same.
         """
         choices = _choices(result)
-        self.op.settle(problem, self.device, [store.Entry(c["backend"], c["config"], "tuned") for c in choices])
+        measured = problem.key()
+        found = [store.Entry(c["backend"], c["config"], "tuned", measured) for c in choices]
+        self.op.settle(problem, self.device, found)
         entry = {
             "key": self.op.key(problem, self.device).as_dict(),
             "choices": choices,
             "default": _record(result.trials[result.default]),
-            "measured": problem.key(),
+            "measured": measured,
             "trials": [_record(t) for t in result.trials.values()],
             "seconds": round(result.seconds, 2),
             "clocks": self._clocks(),
@@ -195,7 +197,7 @@ def _stored(op: Op, problem: Any, device: Device) -> list[Name]:
     """What the store has for the problem: the first choice of each source that can run it."""
     found: dict[str, Name] = {}
     for entry in store.lookup(op.key(problem, device)):
-        config, _ = op.accept(problem, device, entry.backend, entry.config)
+        config, _ = op.accept(problem, device, entry.backend, entry.config, entry.measured)
         if config is not None:
             found.setdefault(entry.source, (entry.backend, config))
     return list(found.values())
@@ -376,7 +378,8 @@ def tune(problem: Any, budget: str | float = "quick", device: torch.device | str
             return [first, *({k: c[k] for k in first} for c in found)]
 
         said = _from_rank_0(here)
-        op.settle(problem, where, [store.Entry(c["backend"], c["config"], "tuned") for c in said], always=True)
+        found = [store.Entry(c["backend"], c["config"], "tuned", problem.key()) for c in said]
+        op.settle(problem, where, found, always=True)
     else:
         _tuned(op, problem, where, seconds)
     return op.resolve(problem, where.torch)

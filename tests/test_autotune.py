@@ -382,6 +382,12 @@ def test_the_order_is_tuned_shipped_architecture_heuristic():
     assert now() == ("tuned", sizes[3])
 
 
+def test_an_architectures_table_is_for_as_many_multiprocessors():
+    ship(CPU.arch, CHOICES)
+    assert {e.source for e in store.lookup(some_key())} == {"architecture"}
+    assert list(store.lookup(some_key(dataclasses.replace(CPU, units=CPU.units + 1)))) == []
+
+
 def test_a_shipped_table_is_for_exactly_its_device():
     path = ship(CPU.slug, CHOICES, device=some_key(dataclasses.replace(CPU, units=CPU.units + 1)).as_dict()["device"])
     assert list(store.lookup(some_key())) == []
@@ -471,17 +477,27 @@ def test_tables_are_merged_and_the_fallback_has_the_best_worst_case(tmp_path):
     second = [measured("GPU B", "sm_90", {16: 4.0, 32: 2.2, 64: 2.0, 128: 2.1})]
     tables.write(folder, "selective_scan", first, {"commit": "a"})
     written = tables.write(folder, "selective_scan", second, {"commit": "b"})
-    assert [p.relative_to(folder).parts[0] for p in written] == ["gpu-b", *tables.ARCHITECTURES]
+    assert [p.relative_to(folder).parts[0] for p in written] == ["gpu-b", "sm_90"]
     read = store.read_table(folder / "gpu-a" / "selective_scan.json")
     assert read["provenance"] == {"commit": "a"}
     assert [len(e["trials"]) for e in read["entries"]] == [3, 1]  # 9.0 is hopeless, and one has no time
-    for arch in tables.ARCHITECTURES:  # sm_90 by its own devices, the others by all there are
-        table = store.read_table(folder / arch / "selective_scan.json")
-        assert table["provenance"] == {"commit": "b", "from": ["GPU A", "GPU B"]}
-        by_state = {e["key"]["problem"]["state"]: e["choices"][0] for e in table["entries"]}
-        # 16 costs twice the best on B and 64 1.4 times on A; 32 at most 1.1 times; 128 is too slow on A to be known
-        assert (by_state[16]["config"], by_state[16]["worst"]) == ({"chunk": 32}, 1.1)
-        assert by_state[8]["config"] == {"chunk": 16}
+    table = store.read_table(folder / "sm_90" / "selective_scan.json")
+    assert table["provenance"] == {"commit": "b", "from": ["GPU A", "GPU B"]}
+    by_state = {e["key"]["problem"]["state"]: e["choices"][0] for e in table["entries"]}
+    # 16 costs twice the best on B and 64 1.4 times on A; 32 at most 1.1 times; 128 is too slow on A to be known
+    assert (by_state[16]["config"], by_state[16]["worst"]) == ({"chunk": 32}, 1.1)
+    assert by_state[8]["config"] == {"chunk": 16}
+    # neither another architecture nor another number of multiprocessors has a say
+    other = measured("GPU C", "sm_80", {16: 1.0, 32: 50.0})
+    tables.write(folder, "selective_scan", [other], {"commit": "b"})
+    small = measured("GPU D", "sm_90", {16: 1.0, 32: 50.0})
+    small["key"]["device"]["units"] += 1
+    tables.write(folder, "selective_scan", [small], {"commit": "b"})
+    entries = store.read_table(folder / "sm_90" / "selective_scan.json")["entries"]
+    chosen = {(e["key"]["device"]["units"] - CPU.units, e["key"]["problem"]["state"]): e["choices"][0] for e in entries}
+    assert {k: c["config"]["chunk"] for k, c in chosen.items()} == {(0, 16): 32, (0, 8): 16, (1, 16): 16}
+    entries = store.read_table(folder / "sm_80" / "selective_scan.json")["entries"]
+    assert [(e["from"], e["choices"][0]["config"]) for e in entries] == [(["GPU C"], {"chunk": 16})]
     # measured again: the newer entry takes the older one's place, and the other problem's stays
     tables.write(folder, "selective_scan", [measured("GPU A", "sm_90", {64: 0.5})], {"commit": "c"})
     entries = store.read_table(folder / "gpu-a" / "selective_scan.json")["entries"]

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from scan_kernels import cuda_module
+from scan_kernels.autotune import store, tables
 from scan_kernels.cuda_module import Kernel
 from scan_kernels.profiling.device import Device
+from scan_kernels.selective_scan import OP
 from scan_kernels.selective_scan.backends import cuda
 from scan_kernels.selective_scan.cases import Case
 from scan_kernels.selective_scan.plan import allocate, gradient_rooms, normal_form, output_rooms
-from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, Kept, Outputs
+from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 
 H100 = Device("cuda", 0, "H100", "sm_90", 132, 232448, 50 << 20, 80 << 30)
 POINTERS = {name for name, kind in cuda.FIELDS.items() if kind.endswith("*")}
@@ -111,11 +113,62 @@ def test_a_backwards_estimated_time_is_about_what_was_measured(length):
     estimates = {}
     for (warps, blocks, groups, splits), ms in MEASURED[length].items():
         config = cuda.Config(8, warps, 16, blocks, splits, groups=groups, relay=1)
-        estimate = cuda._backward_time(problem, config, H100.units * blocks)
+        estimate = cuda._backward_time(problem, config, H100.units, blocks)
         estimate += cuda._entering_time(problem, config, H100.units)[0]
         assert estimate * problem.elements / WORK == pytest.approx(ms * 1e-3, rel=0.1), config
         estimates[estimate] = ms
     assert estimates[min(estimates)] <= 1.05 * min(estimates.values())
+
+
+H200 = Device("cuda", 0, "NVIDIA H200", "sm_90", 132, 232448, 60 << 20, 140 << 30)
+
+
+def shipped():
+    """The entries of the H200's table. Trials are those within 1.5 times the best, where there was time to try."""
+    return store.read_table(tables.path_of(store.TABLES, H200.slug, "selective_scan"))["entries"]
+
+
+def test_the_first_configuration_is_about_the_best_that_tuning_found():
+    entries, seen = shipped(), 0
+    for entry in entries:
+        problem = Problem(**entry["measured"])
+        first = dataclasses.asdict(cuda.configs(problem, H200)[0])
+        took = [t["seconds"] for t in entry["trials"] if (t["backend"], t["config"]) == ("cuda", first)]
+        if took:
+            assert took[0] <= 1.15 * min(t["seconds"] for t in entry["trials"]), (problem, first)
+            seen += 1
+    assert seen >= 0.9 * len(entries)
+
+
+def estimated(problem: Problem, config: cuda.Config) -> float:
+    """Of a backward on an H200, with the best `finer`."""
+    fits = (H200.shared_memory + 1024) // (cuda.shared_bytes(problem, config) + 1024)
+    fits = max(1, min(config.blocks, fits))
+    return cuda._backward_time(problem, config, H200.units, fits) + cuda._entering_time(problem, config, H200.units)[0]
+
+
+def test_a_choice_that_is_for_another_size_is_cut_for_this_one(monkeypatch):
+    """All channels and lengths of a bucket share an entry, but other numbers of channels need other groups."""
+    monkeypatch.setattr(cuda, "supports", lambda problem: None)
+    monkeypatch.setitem(OP.__dict__, "backends", {"cuda": cuda})
+    worst, kept = 1.0, 1.0
+    for entry in (e for e in shipped() if e["measured"]["direction"] == "backward"):
+        measured, stored = entry["measured"], entry["choices"][0]["config"]
+        assert OP.accept(Problem(**measured), H200, "cuda", stored, measured) == (cuda.Config(**stored), "")
+        for share in (0.55, 0.7, 0.85):
+            channels = 1 << (measured["batch"] * measured["dim"] - 1).bit_length()
+            problem = Problem(**measured | {"dim": int(share * channels) // measured["batch"] // 8 * 8})
+            assert OP.key(problem, H200).problem == entry["key"]["problem"]
+            found, reason = OP.accept(problem, H200, "cuda", stored, measured)
+            best = estimated(problem, cuda.configs(problem, H200)[0])
+            kept = max(kept, estimated(problem, cuda.Config(**stored)) / best)
+            if found is None:
+                assert "no configuration for this problem" in reason
+                continue
+            assert all(getattr(found, k) == v for k, v in stored.items() if k not in cuda.SIZED)
+            worst = max(worst, estimated(problem, found) / best)
+    assert worst < 1.1
+    assert kept > 1.5  # what would run if the entries were taken as they are
 
 
 @pytest.mark.parametrize("sizes", [(1, 5120, 2048), (2, 2048, 2048), (4, 5120, 2048), (8, 5120, 2048)])

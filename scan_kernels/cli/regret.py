@@ -79,7 +79,7 @@ def _measured(op: Op, session: Any, problem: Any, budget: float) -> Record:
     timed = [t for t in result.trials.values() if t.final and t.timing]
     chosen[EXHAUSTIVE] = min(timed, key=lambda t: t.timing.median_s).name
     for entry in store.shipped(op.key(problem, session.device)):
-        config, _ = op.accept(problem, session.device, entry.backend, entry.config)
+        config, _ = op.accept(problem, session.device, entry.backend, entry.config, entry.measured)
         if config is not None:
             chosen["shipped"] = entry.backend, config
             break

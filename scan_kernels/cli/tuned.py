@@ -90,7 +90,8 @@ def _show(op: Op, device: Device) -> int:
         used = "no: " + "; ".join(differ) if differ else "yes"
         if not differ:
             try:
-                _, reason = op.accept(_measured(op, entry), device, best["backend"], best["config"])
+                posed = _measured(op, entry)
+                _, reason = op.accept(posed, device, best["backend"], best["config"], posed.key())
                 used = f"no: {reason}" if reason else used
             except TypeError as e:
                 used = f"no: {e}"
@@ -206,7 +207,7 @@ def _verify(op: Op, device: Device) -> int:
                     problem = _measured(op, entry)
                     bar.update(task, description=_words(entry["key"]["problem"]))
                     for choice in entry["choices"]:
-                        config, reason = op.accept(problem, device, choice["backend"], choice["config"])
+                        config, reason = op.accept(problem, device, choice["backend"], choice["config"], problem.key())
                         reason = reason or session.verify(problem, choice["backend"], config) or ""
                         faults += [f"{_said(choice['backend'])}: {reason}"] if reason else []
                 except TypeError as e:

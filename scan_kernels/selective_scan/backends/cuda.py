@@ -21,6 +21,7 @@ from ...cuda_module import Kernel, Launch
 from ..problem import ITEMSIZE, Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 
 RANK = 0
+SIZED = "splits", "finer", "groups"
 FOLDER = Path(__file__).parent
 FORWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_forward.cu"
 BACKWARD = FOLDER / "cuda_common.cuh", FOLDER / "cuda_backward.cu"
@@ -221,7 +222,8 @@ def _relays(problem: Problem, device: Any) -> list[tuple[float, Config]]:
         if 1 <= held <= warps // 2:
             blocks = 2 - held % 2
             config = Config(lanes, warps // held * held // blocks, 16, blocks, groups=held // blocks, relay=1)
-            found.append((worth * _busy(groups, device.units), config))
+            # of three groups, eight warps leave two without a turn
+            found.append((worth * _busy(groups, device.units) * (warps // held * held / warps) ** 2, config))
     return sorted(found, key=lambda f: -f[0])
 
 
@@ -232,7 +234,8 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     longest = max(1, int(_row_length(problem) // 256))
     # enough lanes to keep every scheduler busy: so many warps a multiprocessor, up to so many times the fewest lanes.
     # Many states give a lane so much to do at once that fewer warps suffice, and then sums over lanes cost more.
-    wanted = (9.5 if problem.state <= 16 else 7.5) * device.units * 32
+    busy = 5.5 if problem.state > 64 else 7.5 if problem.state > 16 or problem.layout == "dim" else 9.5
+    wanted = busy * device.units * 32
     further = 4 if problem.state <= 32 else 2
     lanes = least
     while lanes < min(most, further * least) and channels * lanes < wanted:
@@ -241,7 +244,9 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     relay_first = [config for share, config in relays if share >= 0.7 and problem.state <= 32]
     splits = 1
     # of many states, B and C of a step are much to stage: the more channels share them, the better
-    sizes: tuple[int, ...] = (4, 8, 2) if problem.state <= 32 else (4, 8, 16) if problem.state <= 64 else (16, 8, 4)
+    sizes: tuple[int, ...] = (4, 8, 2) if problem.state <= 32 else (4, 8, 16) if problem.state <= 64 else (8, 16, 4)
+    if problem.state > 128:
+        sizes = (16, 8, 4)  # of which only 16 warps stage tiles of 32 steps
 
     def make(lanes: int, warps: int, splits: int = 1) -> Config:
         long = _forward(problem, lanes, warps, 32, splits)
@@ -257,8 +262,10 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
         while lanes < most and channels * lanes * splits < 0.8 * wanted:
             lanes *= 2
     elif problem.state > 64:
-        wide = [w for w in sizes if problem.rows * _block_count(problem, make(lanes, w)) >= 0.75 * device.units]
-        sizes = tuple(sorted(sizes, key=lambda w: w not in wide))
+        sizes = tuple(sorted(sizes, key=lambda w: _forward_time(problem, make(lanes, w), device.units)))
+    elif problem.state > 32:
+        wide = [x for x in (least, 2 * least) if _fills(problem, make(x, 16), device.units)]
+        lanes, sizes = (wide[0], (16, 8, 4)) if wide else (lanes, sizes)
     first = make(lanes, sizes[0], splits)
     found = [first]
     fifth = dataclasses.replace(first, blocks=5)
@@ -278,14 +285,31 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     return [*relay_first, *found, *(config for _, config in relays)]
 
 
+def _fills(problem: Problem, config: Config, units: int) -> bool:
+    """Whether blocks leave few multiprocessors without work, at the start and in the end."""
+    count = problem.rows * _block_count(problem, config)
+    return count >= 0.7 * units and _busy(count, units * config.blocks) >= 0.7
+
+
+def _forward_time(problem: Problem, config: Config, units: int) -> float:
+    """An estimate of a forward's time with so many lanes, in no unit; its constants are measured."""
+    each = _ceil(problem.rows * _block_count(problem, config), units)  # blocks of a multiprocessor, some at a time
+    full, rest = divmod(each, config.blocks)
+
+    def taken(blocks: int) -> float:  # 16 warps keep it busy
+        return blocks * config.channels / min(1.0, blocks * config.warps / 16) ** 0.6 if blocks else 0.0
+
+    return (full * taken(config.blocks) + taken(rest)) * (1.2 if config.tile < 32 else 1.0)
+
+
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     lanes = min(32, max(4, _power_of_two(_ceil(problem.state, 2))))
     tile = 32 // max(2, _power_of_two(_ceil(problem.state, lanes)))
     found = []
     for warps, blocks in ((4, 2), (8, 1), (2, 4), (1, 8)):
         alike = []
-        # whole vectors of 16 bytes where channels are contiguous
-        unit = 1 if problem.layout == "length" else max(1, 16 // (32 // lanes * ITEMSIZE[problem.dtype]))
+        # whole sectors where channels are contiguous
+        unit = _batch(problem, Config(lanes, warps, tile, blocks, relay=1))
         most = _ceil(min(MOST_GROUPS, _ceil(problem.dim // problem.groups, 32 // lanes)), unit) * unit
         for groups in range(unit, most + 1, unit):
             config = Config(lanes, warps, tile, blocks, groups=groups, relay=1)
@@ -306,7 +330,7 @@ def _backward_splits(problem: Problem, config: Config, units: int, fits: int) ->
     found = []
     for splits in dict.fromkeys((1, *(max(1, min(longest, waves * resident // work)) for waves in (1, 2)))):
         cut = dataclasses.replace(config, splits=splits)
-        estimate = _backward_time(problem, cut, resident)
+        estimate = _backward_time(problem, cut, units, fits)
         entering, finer = _entering_time(problem, cut, units)
         found.append((estimate + entering, dataclasses.replace(cut, finer=finer)))
     return found
@@ -317,17 +341,18 @@ def _row_length(problem: Problem) -> float:
     return problem.length / problem.rows if problem.sequences else problem.length
 
 
-def _backward_time(problem: Problem, config: Config, resident: int) -> float:
-    """Of the backward's scan, where so many blocks find a place, an estimate as ``_backward_splits`` has it."""
+def _backward_time(problem: Problem, config: Config, units: int, fits: int) -> float:
+    """Of the backward's scan, an estimate as ``_backward_splits`` has it."""
     span, per_row = _spans(problem, config)[1], _row_length(problem)
     parts = max(1.0, per_row / span)
     each = _ceil(_ceil(span, config.tile), config.warps) * config.groups  # items of a warp, which starts behind another
     behind = (each + config.warps - 1) * config.warps * config.tile / (min(span, per_row) * config.groups)
     waiting = max(1.0, config.warps / config.groups)
-    waves = math.ceil(problem.rows * _block_count(problem, config) * parts / resident)
-    filled = problem.rows * problem.dim * parts / (waves * resident * config.channels)
+    waves = math.ceil(problem.rows * _block_count(problem, config) * parts / (units * fits))
+    filled = problem.rows * problem.dim * parts / (waves * units * fits * config.channels)
+    thin = max(1.0, 8 / (config.warps * fits)) ** 0.4  # with 4 warps a multiprocessor does 0.76 of what it does with 8
     # measured: a tile takes 0.9 items more, and a part begins and ends in the time of 1.3 tiles
-    return behind * waiting * (1 + 0.9 / config.groups) / filled + 1.3 * config.tile / span
+    return behind * waiting * thin * (1 + 0.9 / config.groups) / filled + 1.3 * config.tile / span
 
 
 def _entering_time(problem: Problem, config: Config, units: int) -> tuple[float, int]:

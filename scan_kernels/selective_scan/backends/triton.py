@@ -15,6 +15,7 @@ from ..problem import Cotangents, Gradients, Inputs, Kept, Outputs, Problem
 from . import triton_kernels as kernels
 
 RANK = 1
+SIZED = ("splits",)
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
 
 
