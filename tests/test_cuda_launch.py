@@ -112,9 +112,9 @@ def test_a_backwards_estimated_time_is_about_what_was_measured(length):
     problem = Case("", batch=1, dim=1024, length=length, dtype="bfloat16").problem("backward", "cuda")
     estimates = {}
     for (warps, blocks, groups, splits), ms in MEASURED[length].items():
-        config = cuda.Config(8, warps, 16, blocks, splits, groups=groups, relay=1)
-        estimate = cuda._backward_time(problem, config, H100.units, blocks)
-        estimate += cuda._entering_time(problem, config, H100.units)[0]
+        config = cuda.Config(8, warps, 16, blocks, groups=groups, relay=1)
+        estimate = cuda._backward_time(problem, config, splits, H100.units, blocks)
+        estimate += cuda._entering_time(problem, config.tile, splits, H100.units)[0]
         assert estimate * problem.elements / WORK == pytest.approx(ms * 1e-3, rel=0.1), config
         estimates[estimate] = ms
     assert estimates[min(estimates)] <= 1.05 * min(estimates.values())
@@ -143,8 +143,8 @@ def test_the_first_configuration_is_about_the_best_that_tuning_found():
 def estimated(problem: Problem, config: cuda.Config) -> float:
     """Of a backward on an H200, with the best `finer`."""
     fits = (H200.shared_memory + 1024) // (cuda.shared_bytes(problem, config) + 1024)
-    fits = max(1, min(config.blocks, fits))
-    return cuda._backward_time(problem, config, H200.units, fits) + cuda._entering_time(problem, config, H200.units)[0]
+    scan = cuda._backward_time(problem, config, config.splits, H200.units, max(1, min(config.blocks, fits)))
+    return scan + cuda._entering_time(problem, config.tile, config.splits, H200.units)[0]
 
 
 def test_a_choice_that_is_for_another_size_is_cut_for_this_one(monkeypatch):

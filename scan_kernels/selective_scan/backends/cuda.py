@@ -305,9 +305,9 @@ def _forward_time(problem: Problem, config: Config, units: int) -> float:
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
     lanes = min(32, max(4, _power_of_two(_ceil(problem.state, 2))))
     tile = 32 // max(2, _power_of_two(_ceil(problem.state, lanes)))
-    found = []
+    found: list[Cut] = []
     for warps, blocks in ((4, 2), (8, 1), (2, 4), (1, 8)):
-        alike = []
+        alike: list[Cut] = []
         # whole sectors where channels are contiguous
         unit = _batch(problem, Config(lanes, warps, tile, blocks, relay=1))
         most = _ceil(min(MOST_GROUPS, _ceil(problem.dim // problem.groups, 32 // lanes)), unit) * unit
@@ -317,22 +317,29 @@ def _backward_configs(problem: Problem, device: Any) -> list[Config]:
             if groups > unit and fits < blocks:
                 break
             alike += _backward_splits(problem, config, device.units, max(1, min(blocks, fits)))
-        found += sorted(alike, key=lambda f: f[0])[:3]
-    return [config for _, config in sorted(found, key=lambda f: f[0])]
+        found += sorted(alike, key=lambda cut: cut.time)[:3]
+    best = sorted(found, key=lambda cut: cut.time)
+    return [dataclasses.replace(cut.config, splits=cut.splits, finer=cut.finer) for cut in best]
 
 
-def _backward_splits(problem: Problem, config: Config, units: int, fits: int) -> list[tuple[float, Config]]:
-    """The configuration with its time in one part and in as many as fill the places for blocks, ``fits`` on each of
-    ``units`` multiprocessors, once or twice, each with an estimate of its time, in units of what the work would take.
-    """
+class Cut(NamedTuple):
+    """A backward configuration, in how many parts its rows' time is done, and an estimate of what it takes."""
+
+    time: float  # in units of what the work would take if nothing held it up
+    splits: int
+    finer: int
+    config: Config  # but for these
+
+
+def _backward_splits(problem: Problem, config: Config, units: int, fits: int) -> list[Cut]:
+    """Time in one part and in as many as fill the places for blocks, ``fits`` on each of ``units`` multiprocessors,
+    once or twice."""
     work, resident = problem.rows * _block_count(problem, config), units * fits
     longest = max(1, int(_row_length(problem) // max(64, problem.checkpoint)))
     found = []
     for splits in dict.fromkeys((1, *(max(1, min(longest, waves * resident // work)) for waves in (1, 2)))):
-        cut = dataclasses.replace(config, splits=splits)
-        estimate = _backward_time(problem, cut, units, fits)
-        entering, finer = _entering_time(problem, cut, units)
-        found.append((estimate + entering, dataclasses.replace(cut, finer=finer)))
+        entering, finer = _entering_time(problem, config.tile, splits, units)
+        found.append(Cut(_backward_time(problem, config, splits, units, fits) + entering, splits, finer, config))
     return found
 
 
@@ -341,9 +348,9 @@ def _row_length(problem: Problem) -> float:
     return problem.length / problem.rows if problem.sequences else problem.length
 
 
-def _backward_time(problem: Problem, config: Config, units: int, fits: int) -> float:
-    """Of the backward's scan, an estimate as ``_backward_splits`` has it."""
-    span, per_row = _spans(problem, config)[1], _row_length(problem)
+def _backward_time(problem: Problem, config: Config, splits: int, units: int, fits: int) -> float:
+    """Of the backward's scan, an estimate as ``Cut`` has it."""
+    span, per_row = _parts(problem, config.tile, splits)[1], _row_length(problem)
     parts = max(1.0, per_row / span)
     each = _ceil(_ceil(span, config.tile), config.warps) * config.groups  # items of a warp, which starts behind another
     behind = (each + config.warps - 1) * config.warps * config.tile / (min(span, per_row) * config.groups)
@@ -355,22 +362,21 @@ def _backward_time(problem: Problem, config: Config, units: int, fits: int) -> f
     return behind * waiting * thin * (1 + 0.9 / config.groups) / filled + 1.3 * config.tile / span
 
 
-def _entering_time(problem: Problem, config: Config, units: int) -> tuple[float, int]:
+def _entering_time(problem: Problem, tile: int, splits: int, units: int) -> tuple[float, int]:
     """(time of the pass that finds the adjoints between parts, estimated as above; the ``finer`` of which that is)."""
-    splits, span, _ = _spans(problem, config)
+    splits, span, _ = _parts(problem, tile, splits)
     per_row = _row_length(problem)
     if splits == 1 or span >= per_row:
         return 0.0, 1
     needed = 1 - span / per_row  # nobody asks for what enters a row's last part
+    channels = problem.rows * problem.dim * per_row / span * needed
 
     def time(finer: int) -> float:
         # measured: a start takes the time of 170 steps, and a multiprocessor is busy with 14 warps
-        warps = (
-            problem.rows * problem.dim * _adjoint_lanes(problem, span // finer) / 32 * per_row / span * finer * needed
-        )
+        warps = channels * finer * _adjoint_lanes(problem, span // finer) / 32
         return 0.3 * needed * (1 + 170 * finer / span) * max(1.0, 14 * units / warps) ** 0.5
 
-    unit = _lcm_unit(problem, config.tile)
+    unit = _lcm_unit(problem, tile)
     return min((time(f), f) for f in (1, 2, 4, 8, 16, 32) if f == 1 or span % (unit * f) == 0)
 
 
@@ -569,13 +575,17 @@ def _pointers(inputs: Inputs, **others: Tensor | None) -> dict[str, int]:
 
 def _spans(problem: Problem, config: Config) -> tuple[int, int, int]:
     """(splits, span in steps, slots): spans are a whole number of tiles and of kept states."""
-    unit = max(_lcm_unit(problem, config.tile), config.tile) * config.finer
+    return _parts(problem, config.tile, config.splits, config.finer)
+
+
+def _parts(problem: Problem, tile: int, splits: int, finer: int = 1) -> tuple[int, int, int]:
+    unit = max(_lcm_unit(problem, tile), tile) * finer
     longest = problem.length  # of a packed sequence it is not known here: an upper bound
-    span = _ceil(_ceil(longest if not problem.sequences else _ceil(longest, problem.rows), config.splits), unit) * unit
-    if config.splits == 1 or (not problem.sequences and span >= longest):
+    span = _ceil(_ceil(longest if not problem.sequences else _ceil(longest, problem.rows), splits), unit) * unit
+    if splits == 1 or (not problem.sequences and span >= longest):
         return 1, _ceil(longest, unit) * unit, problem.rows
     if problem.sequences:
-        return config.splits, span, problem.length // span + problem.rows
+        return splits, span, problem.length // span + problem.rows
     splits = _ceil(longest, span)
     return splits, span, splits * problem.rows
 
