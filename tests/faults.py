@@ -111,12 +111,19 @@ def chatter(direction, problem, tensors, main):
     run(direction, problem, tensors)
 
 
+def start_slowly(direction, problem, tensors, main):
+    """Right, but compiled by its first run in a process, like a backend that cannot compile without running."""
+    if next(calls) == 0:
+        time.sleep(3.0)
+    run(direction, problem, tensors)
+
+
 KERNEL_FAULTS = {
     "tail": drop_tail, "stride": misuse_stride, "race": race, "bounds before": write_before,
     "bounds behind": write_behind, "stale stage": use_stale_stage, "input": write_input, "states": spoil_states,
     "row": spoil_row, "sum": spoil_sum,
 }  # fmt: skip
-PROCESS_FAULTS = BREAKS | {"memory": fill_memory, "chatter": chatter}
+PROCESS_FAULTS = BREAKS | {"memory": fill_memory, "chatter": chatter, "slow start": start_slowly}
 FAULTS = KERNEL_FAULTS | PROCESS_FAULTS
 
 

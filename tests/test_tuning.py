@@ -163,6 +163,14 @@ def test_what_comes_next_is_compiled_while_a_candidate_is_timed(monkeypatch, tmp
     assert result.winner[0] == "slow"
 
 
+def test_what_nobody_compiles_ahead_has_time_to_be_compiled_when_it_first_runs(monkeypatch):
+    monkeypatch.setitem(OP.__dict__, "backends", {"faulty": faulty("slow start")})
+    with tuning.Session(OP, CPU, patience=2.0, compilers=1, bench="faults:FaultyBench") as session:
+        result = session.tune(CASE.used("inference"), tuning.BUDGETS["full"])
+    assert {n[1].fault: t.reason for n, t in result.trials.items()} == {"none": "", "slow start": ""}
+    assert result.winner == ("faulty", FaultyConfig("slow start"))
+
+
 H100 = Device("cuda", 0, "H100", "sm_90", 132, 232448, 50 << 20, 80 << 30)
 
 
