@@ -171,6 +171,15 @@ def test_a_choice_that_is_for_another_size_is_cut_for_this_one(monkeypatch):
     assert kept > 1.5  # what would run if the entries were taken as they are
 
 
+@pytest.mark.parametrize(
+    "changes", [{"length": 0}, {"length": 0, "sequences": 4}, {"length": 3, "sequences": 50}], ids=str
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_there_are_configurations_where_there_are_hardly_any_steps(direction, changes):
+    problem = dataclasses.replace(Case("", batch=1, dim=40).problem(direction, "cuda", training=True), **changes)
+    assert cuda.configs(problem, H100)
+
+
 @pytest.mark.parametrize("sizes", [(1, 5120, 2048), (2, 2048, 2048), (4, 5120, 2048), (8, 5120, 2048)])
 def test_time_is_not_cut_where_channels_fill_the_gpu(sizes):
     problem = Case("", *sizes, dtype="bfloat16").problem("backward", "cuda")

@@ -344,13 +344,13 @@ def _backward_splits(problem: Problem, config: Config, units: int, fits: int) ->
 
 
 def _row_length(problem: Problem) -> float:
-    """Steps of a row; of packed ones, on the average."""
-    return problem.length / problem.rows if problem.sequences else problem.length
+    """Steps of a row, at least 1; of packed ones, on the average."""
+    return max(1.0, problem.length / problem.rows if problem.sequences else problem.length)
 
 
 def _backward_time(problem: Problem, config: Config, splits: int, units: int, fits: int) -> float:
     """Of the backward's scan, an estimate as ``Cut`` has it."""
-    span, per_row = _parts(problem, config.tile, splits)[1], _row_length(problem)
+    span, per_row = max(1, _parts(problem, config.tile, splits)[1]), _row_length(problem)
     parts = max(1.0, per_row / span)
     each = _ceil(_ceil(span, config.tile), config.warps) * config.groups  # items of a warp, which starts behind another
     behind = (each + config.warps - 1) * config.warps * config.tile / (min(span, per_row) * config.groups)
