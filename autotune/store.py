@@ -351,8 +351,8 @@ def _check(entry: Any) -> dict[str, Any]:
 
 
 def _entries(entry: dict[str, Any], source: str) -> Iterator[Entry]:
+    measured = entry.get("measured")
     for choice in entry["choices"]:
-        measured = entry.get("measured")
         yield Entry(choice["backend"], choice["config"], source, measured if isinstance(measured, dict) else None)
 
 

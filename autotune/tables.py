@@ -1,8 +1,7 @@
 """Shipped tables: what was tuned on one device, kept for everybody who has such a device or one of its kind.
 
 A device's kind is its architecture and how many multiprocessors it has: how work is cut into blocks is chosen for their
-number. On an A100, with 108 instead of 132, an H200's choices of the backward take 1.3 to 1.7 times as long as the rule
-of thumb's by the estimate of ``backends/cuda.py``; so no choice travels there.
+number, and another number leaves many of them without work in the end.
 
 A table is one JSON file, data/<device>/<op>.json or data/<architecture>/<op>.json:
 

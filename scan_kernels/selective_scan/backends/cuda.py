@@ -292,7 +292,7 @@ def _fills(problem: Problem, config: Config, units: int) -> bool:
 
 
 def _forward_time(problem: Problem, config: Config, units: int) -> float:
-    """An estimate of a forward's time with so many lanes, in no unit; its constants are measured."""
+    """An estimate of a forward's time with so many lanes, in no unit; fitted to 128 and 256 states on an H200."""
     each = _ceil(problem.rows * _block_count(problem, config), units)  # blocks of a multiprocessor, some at a time
     full, rest = divmod(each, config.blocks)
 
@@ -579,6 +579,7 @@ def _spans(problem: Problem, config: Config) -> tuple[int, int, int]:
 
 
 def _parts(problem: Problem, tile: int, splits: int, finer: int = 1) -> tuple[int, int, int]:
+    """``_spans``, before there is a Config."""
     unit = max(_lcm_unit(problem, tile), tile) * finer
     longest = problem.length  # of a packed sequence it is not known here: an upper bound
     span = _ceil(_ceil(longest if not problem.sequences else _ceil(longest, problem.rows), splits), unit) * unit
