@@ -95,7 +95,7 @@ CASES = {
         {"state": 31, "length": 37, "dim": 20},
     ),
     "backward bf16": (FORWARD, BACKWARD, {"dtype": "bfloat16", "length": 67, "dim": 72}),
-    "backward fp32": (FORWARD, BACKWARD, {"dim": 40}),
+    "backward fp32": (FORWARD, dataclasses.replace(BACKWARD, groups=5), {"dim": 40}),
     "backward dim": (FORWARD, BACKWARD, {"dtype": "float16", "layout": "dim", "dim": 40}),
     "backward dim, batches of five and of one": (
         FORWARD,

@@ -452,6 +452,14 @@ def test_a_table_is_written_with_its_provenance_and_serves_whoever_has_nothing_t
     # what the table has is not measured again for it, but is where it was not asked for
     assert "0 of 0 problems" in said(capsys, *argv)
     assert "0 of 0 problems" not in said(capsys, *argv[:-2])
+    # what it has of other sources is, but after what it lacks
+    said(capsys, "clear")
+    content = store.read_table(path)
+    for entry in content["entries"]:
+        entry["key"]["validity"]["sources"] = "older"
+    store.write(path, content, store.MAX_TABLE)
+    rows = said(capsys, "--shapes", SHAPE, "1,4,20,3", *argv[2:])
+    assert 0 <= rows.find("1,4,20,3") < rows.find(SHAPE)
     path.write_text("{")
     with pytest.raises(SystemExit):
         said(capsys, *argv)

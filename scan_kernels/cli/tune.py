@@ -217,13 +217,14 @@ def _tune(op: Op, args: argparse.Namespace, device: Device) -> int:
         for name in args.backend or ():
             op.backend(name, problem)
     # what is deterministic stays as it is, whoever asks: its results would change
-    listed = _listed(op, device, args.table) if args.table else ()
+    listed, older = _listed(op, device, args.table) if args.table else ([], [])
     kept = [
         p for _, p in asked
         if (_is_tuned(op, p, device) and (p.deterministic or not args.again))
         or (p.bucket() in listed and not args.again)
     ]  # fmt: skip
     todo = [(title, p) for title, p in asked if p not in kept]
+    todo.sort(key=lambda t: t[1].bucket() in older)  # first what the table lacks altogether
 
     out = console()
     shown = table(
@@ -299,8 +300,9 @@ def _tune(op: Op, args: argparse.Namespace, device: Device) -> int:
     return status
 
 
-def _listed(op: Op, device: Device, folder: Path) -> list[dict[str, Any]]:
-    """The problems that the table in a folder has from this hardware and these sources: measured in earlier runs."""
+def _listed(op: Op, device: Device, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The problems that the table in a folder has from this hardware, measured in earlier runs: of these sources, of
+    others."""
     from ..autotune import store, tables
 
     path = tables.path_of(folder, device.slug, op.name)
@@ -309,11 +311,11 @@ def _listed(op: Op, device: Device, folder: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as e:
         raise BadArgument(f"--table: {path} cannot be read: {e}") from None
     hardware = {name: getattr(device, name) for name in store.HARDWARE}
-    return [
-        e["key"]["problem"]
-        for e in found
-        if hardware.items() <= e["key"]["device"].items() and e["key"]["validity"].get("sources") == op.sources
-    ]
+    listed: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    for key in (entry["key"] for entry in found):
+        if hardware.items() <= key["device"].items():
+            listed[key["validity"].get("sources") != op.sources].append(key["problem"])
+    return listed
 
 
 def _is_tuned(op: Op, problem: Any, device: Device) -> bool:

@@ -39,6 +39,8 @@ INSTRUCTIONS = {
     "mbarrier.init": "turn_begin(&barrier);",
     "mbarrier.arrive": "turn_pass(&barrier, ARRIVALS);",
     "_wait.parity": "turn_wait(&barrier, odd);",
+    "bar.arrive": "arrive(named[warp], 64, true);",
+    "bar.sync": "synchronise(named[warp], 64);",
     '"" :': "",
 }
 PHRASES = {

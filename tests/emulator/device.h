@@ -83,7 +83,7 @@ static std::vector<Fiber> fibers;
 static int current, thread_count;
 static ucontext_t scheduler;
 static float* emulated_shared;
-static Barrier of_block, of_warp[32], meeting[32];
+static Barrier named[16], of_warp[32], meeting[32];
 static std::mt19937 chance;
 static struct { int x; } blockIdx, blockDim;
 static struct { struct { operator int() const { return current; } } x; } threadIdx;
@@ -104,7 +104,7 @@ static void pass(Barrier& b, int turn, bool orders) {
   if (orders) races_acquire(&b.released, current);
 }
 static void synchronise(Barrier& b, int threads, bool orders = true) { pass(b, arrive(b, threads, orders), orders); }
-static void __syncthreads() { synchronise(of_block, thread_count); }
+static void __syncthreads() { synchronise(named[0], thread_count); }
 static void __syncwarp() { synchronise(of_warp[current / 32], 32); }
 static void meet() { synchronise(meeting[current / 32], 32, false); }  // lanes stand together, which orders no memory
 static std::map<void*, Barrier> in_memory;  // mbarriers

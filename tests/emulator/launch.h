@@ -46,7 +46,7 @@ extern "C" void emulate(const Params* p, int blocks, int threads, int shared_byt
     races_begin(nullptr, 0, threads);
     std::fill(memory.begin(), memory.end(), float4{NAN, NAN, NAN, NAN});
     races_begin(memory.data(), shared_bytes, threads);
-    of_block = Barrier();
+    std::fill(named, named + 16, Barrier());
     for (auto* each : {of_warp, meeting}) std::fill(each, each + 32, Barrier());
     in_memory.clear();
     run_block(threads);

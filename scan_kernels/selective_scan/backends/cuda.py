@@ -354,7 +354,7 @@ def _backward_time(problem: Problem, config: Config, splits: int, units: int, fi
     parts = max(1.0, per_row / span)
     each = _ceil(_ceil(span, config.tile), config.warps) * config.groups  # items of a warp, which starts behind another
     behind = (each + config.warps - 1) * config.warps * config.tile / (min(span, per_row) * config.groups)
-    waiting = max(1.0, config.warps / config.groups)
+    waiting = max(1.0, config.warps / (3 * config.groups))  # a turn is a part of an item, and most of a tile's overlaps
     waves = math.ceil(problem.rows * _block_count(problem, config) * parts / (units * fits))
     filled = problem.rows * problem.dim * parts / (waves * units * fits * config.channels)
     thin = max(1.0, 8 / (config.warps * fits)) ** 0.4  # with 4 warps a multiprocessor does 0.76 of what it does with 8
@@ -483,11 +483,15 @@ def _entering(problem: Problem, config: Config) -> tuple[int, Config] | None:
     """(mode, config) of the pass that finds what enters each span; None if time is not cut."""
     if _spans(problem, config)[0] == 1:
         return None
-    if problem.direction == "forward":
-        return LEAVE, config
-    span = _finer_spans(problem, config)[1]
-    tile = 32 if span % 32 == 0 and problem.state <= 64 else 16
-    return ADJOINT, _forward(problem, _adjoint_lanes(problem, span), 4, tile)
+    mode, own = LEAVE, config
+    if problem.direction == "backward":
+        span = _finer_spans(problem, config)[1]
+        tile = 32 if span % 32 == 0 and problem.state <= 64 else 16
+        mode, own = ADJOINT, _forward(problem, _adjoint_lanes(problem, span), 4, tile)
+    if problem.dtype != "float32" and _ceil(problem.state, own.lanes) >= 4:
+        # with less to do beside exponentials than the scan, it gains by this
+        own = dataclasses.replace(own, polynomial=max(2, own.polynomial))
+    return mode, own
 
 
 def _expanding(problem: Problem, config: Config) -> Config | None:

@@ -39,6 +39,9 @@ constexpr int RING = 4;                                     // items in flight, 
 // where registers allow: from 10.0 on, ptxas needs more of them, here and below
 constexpr bool LOAD_AHEAD = DTYPE != 0 && !CONST_B && !CONST_C && !(PER > 2 && __CUDA_ARCH__ >= 1000);
 constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow more
+// With fewer groups than warps, a warp waits for its turn, and finishes the item before, between its sweeps, so that turns
+// are shorter. Where nobody would wait, that is 0.4 % slower.
+constexpr bool LATE = GROUPS < WARPS && LANES <= 16;
 static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT == T, "invalid configuration");
 
 constexpr int STEPS = LANES < T ? T / LANES : 1;            // that a lane owns of its channel's, from s STEPS on
@@ -765,16 +768,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       };
       Elements next;
       if (LOAD_AHEAD) load_quad(0);
-      if (WARPS > 1) own_turn->wait(round);  // behind loads that need no turn
+      auto take_turn = [&]() {
+        if (WARPS > 1) own_turn->wait(round);
+      };
+      auto finish_last = [&]() { finish(others, near.y, *last_sums); };
+      auto next_out = [&]() {
+        out_at = out_next, out_next += out_over;
+        out_count = c < own_groups ? left : 0;
+        if (KEEP_Y) fetch_y(out_at, out_count), copies_commit();
+      };
+      if (!LATE) take_turn();  // behind loads that need none
 #pragma unroll
       for (int q = 0; q < QUADS; q++) {
         if (!LOAD_AHEAD) load_quad(q);
         else if (q + 1 < QUADS) load_quad(q + 1);
-        if (q == 0) finish(others, near.y, *last_sums);
+        if (!LATE && q == 0) finish_last();
         if (q == QUADS / 2) {
-          out_at = out_next, out_next += out_over;
-          out_count = c < own_groups ? left : 0;
-          if (KEEP_Y) fetch_y(out_at, out_count), copies_commit();
+          if (!LATE) next_out();
           const int raw = !DIM_LAYOUT ? slot : place + 1 < batch_items ? batch_at + (place + 1) * PER_WARP * ITEM : batch_after(batch_at);
           stage_begin(next, own_raw + raw, near.x, c + 1 == groups ? tile - WARPS : tile, c + 1 == groups ? 0 : c + 1);
         }
@@ -793,6 +803,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           }
         if (!ROOMY && q + 1 < QUADS) __syncwarp();  // what is loaded for the next quad stays behind it: fewer registers
       }
+      if (LATE) take_turn(), finish_last(), next_out();
       if (LANES > T) __syncwarp();  // a lane without steps of its own has read what is now overwritten
       put(others, next);
       __syncwarp();

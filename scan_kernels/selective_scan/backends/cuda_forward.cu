@@ -46,7 +46,7 @@ constexpr int TENSORS = 3 + (HAS_Z ? 1 : 0);  // slots: u twice, delta, z
 enum { AT_u, AT_delta, AT_z, AT_out, AT_B, AT_C, PLACES };
 constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS + (RELAY ? 2 * 32 * PLACES : 0) + (RELAY || MODE == 3 ? 32 * PER : 0);
 // steps whose x B a relay has ready when a warp's turn comes, and keeps ready
-constexpr int AHEAD = PER > 4 ? 2 : THREADS * MIN_BLOCKS <= 256 ? 16 : THREADS * MIN_BLOCKS <= 384 ? 4 : 2;
+constexpr int AHEAD = PER > 4 ? 2 : THREADS * MIN_BLOCKS <= 256 ? 16 : THREADS * MIN_BLOCKS <= 384 ? 8 : 2;
 constexpr int TURNS = RELAY ? WARPS / GROUPS : 1;  // warps that share channels and take turns
 static_assert(!RELAY || (MODE == 0 && TILE == 16 && PER <= 4 && TURNS >= 2 && WARPS % GROUPS == 0),
               "invalid configuration");
@@ -180,6 +180,23 @@ DEVICE float decay_at(int index, float dt, float A) {
   return decay_of(dt, A);
 }
 
+// A relay's turns, as Turn has them, but at the block's barriers, of which it has 16: a warp waits at that of its number
+// until the warp before has arrived. Faster by 1 to 7 %; racecheck does not follow it.
+#ifndef TURN_ARRIVALS
+struct Turns {
+  DEVICE void begin(int) {}
+  DEVICE void pass(int warp) { asm volatile("bar.arrive %0, 64;" ::"r"(warp) : "memory"); }
+  DEVICE void wait(int warp, int) { asm volatile("bar.sync %0, 64;" ::"r"(warp) : "memory"); }
+};
+#else
+struct Turns {
+  Turn<TURN_ARRIVALS> of[WARPS];
+  DEVICE void begin(int warp) { of[warp].begin(); }
+  DEVICE void pass(int warp) { of[warp].pass(); }
+  DEVICE void wait(int warp, int count) { of[warp].wait(count & 1); }
+};
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Params p) {
   extern __shared__ __align__(16) float shared[];
   const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, s = lane / PER_WARP, channel = lane % PER_WARP;
@@ -195,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   __shared__ Task task;
   // The state that enters a relay's tile lies in shared memory, lane by lane. It belongs to the warp whose turn it is:
   // each lane reads its part and overwrites it with what leaves the tile, so a group needs one place.
-  __shared__ Turn<32> turns[RELAY ? WARPS : 1];
+  __shared__ Turns turns;
   // where the row's first step lies in u, delta, z, out, of the warp's first channel, and in B and C
   __shared__ i64 origins[RELAY ? 1 : WARPS][AT_out + 1], rows[2];
   if (threadIdx.x == 0) {
@@ -206,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     rows[0] = (i64)((const scalar*)p.B + row * p.B_batch + g * p.B_group + task.w.first * p.B_step);
     rows[1] = (i64)((const scalar*)p.C + row * p.C_batch + g * p.C_group + task.w.first * p.C_step);
   }
-  if (RELAY && lane == 0) turns[warp].begin();
+  if (RELAY && lane == 0) turns.begin(warp);
   __syncthreads();
   if (!task.there || (MODE == 1 && task.w.end == task.w.length) || (MODE == 2 && task.w.split < p.finer)) return;  // unneeded
   const Span& w = task.w;
@@ -303,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     if (MODE == 3) return begin + i / NEEDED * SEGMENT + i % NEEDED * TILE;
     return begin + (MODE == 2 ? tiles - 1 - i : i) * TILE;
   };
-  int buffer = 0, i = turn, odd = turn == 0;  // of the turns that this warp has had; nobody comes before the first
+  int buffer = 0, i = turn;
   Projection<B_AXIS, B_ALIGNED> next_B;
   Projection<C_AXIS, C_ALIGNED> next_C;
   auto load_projections = [&](int t0) {
@@ -347,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     copies_commit();
   }
 #pragma unroll 1
-  for (; i < tiles; i += TURNS, buffer ^= 1, odd ^= 1) {
+  for (; i < tiles; i += TURNS, buffer ^= 1) {
     const int t0 = tile_start(i);
     float* const b_tile = bc_tile + (RELAY ? 0 : buffer) * BC_TILES * BC_FLOATS;
     float* const c_tile = b_tile + (USE_B && !CONST_B ? BC_FLOATS : 0);
@@ -427,9 +444,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       };
 #pragma unroll
       for (int t = 0; t < AHEAD; t++) look_ahead(t);
-      // in a loop, or the assembler would move the decays' exponentials behind the wait
+      // nobody comes before the first. In a loop, or the assembler would move the decays' exponentials behind the wait
 #pragma unroll 1
-      for (int waited = 0; waited < 1 + here(); waited++) turns[warp].wait(odd);
+      for (int waited = 0; waited < (i > 0) + here(); waited++) turns.wait(warp, i / TURNS - (turn == 0));
       get(h, relayed + at);
       float entering[PER];
 #pragma unroll
@@ -442,7 +459,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
       }
       if (i + 1 < tiles) {
         set(relayed + at, h);
-        turns[next].pass();
+        turns.pass(next);
       }
 
       // what nobody waits for

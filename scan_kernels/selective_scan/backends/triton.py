@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -170,7 +171,36 @@ def _projection(M: Tensor) -> list[int | None]:
     return [None] * 4 if M.ndim == 2 else list(M.stride())
 
 
-def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) -> None:
+def _run(kernel: Any, grid: tuple[int], *arguments: Any, **options: Any) -> None:
+    kernel[grid](*arguments, **options)
+
+
+def _compile(kernel: Any, grid: tuple[int], *arguments: Any, **options: Any) -> None:
+    """What the launch needs, which Triton keeps on disk, but no launch."""
+    if not INTERPRETED:
+        kernel.warmup(*arguments, grid=grid, **options)
+
+
+def prepare_forward(
+    problem: Problem, inputs: Inputs, outputs: Outputs, config: Config
+) -> Callable[[Inputs, Outputs], None]:
+    """``forward`` for all tensors of this signature, its kernels compiled."""
+    forward(problem, inputs, outputs, config, _compile)
+    return lambda inputs, outputs: forward(problem, inputs, outputs, config)
+
+
+def prepare_backward(
+    problem: Problem, inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients, config: Config
+) -> Callable[[Inputs, Kept, Cotangents, Gradients], None]:
+    """``backward`` for all tensors of this signature, its kernels compiled."""
+    backward(problem, inputs, kept, cotangents, gradients, config, _compile)
+    return lambda inputs, kept, cotangents, gradients: backward(problem, inputs, kept, cotangents, gradients, config)
+
+
+def forward(
+    problem: Problem, inputs: Inputs, outputs: Outputs, config: Config, launch: Callable[..., None] = _run
+) -> None:
+    """Run the scan, or with ``launch=_compile`` have its kernels compiled."""
     u, delta, A, B, C, D, z, bias, initial, cu = inputs
     tiling = _tiling(problem, config)
     pieces, span = _pieces(problem, config)
@@ -179,22 +209,25 @@ def forward(problem: Problem, inputs: Inputs, outputs: Outputs, config: Config) 
     strides = (*_strides(problem, u, delta, z, outputs.out), *_projection(B), *_projection(C))
     entering, steps = _carries(A, problem.rows, pieces) if pieces > 1 else (None, None)
 
-    def launch(only_state: bool, states: Tensor | None) -> None:
+    def scan(only_state: bool, states: Tensor | None) -> None:
         grid = (problem.rows * (pieces - only_state) * problem.groups * blocks,)
-        kernels.forward_kernel[grid](
+        launch(
+            kernels.forward_kernel, grid,
             u, delta, A, B, C, D, z, bias, initial, cu, outputs.out, outputs.last_state, states, entering, steps,
             *sizes, *strides, **tiling, SPLIT=pieces > 1 and not only_state, ONLY_STATE=only_state,
         )  # fmt: skip
 
     if pieces > 1:
-        launch(True, None)
-        _combine(problem, A, initial, entering, steps, pieces, reverse=False)
-    launch(False, outputs.states)
+        scan(True, None)
+        _combine(launch, problem, A, initial, entering, steps, pieces, reverse=False)
+    scan(False, outputs.states)
 
 
 def backward(
-    problem: Problem, inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients, config: Config
-) -> None:
+    problem: Problem, inputs: Inputs, kept: Kept, cotangents: Cotangents, gradients: Gradients, config: Config,
+    launch: Callable[..., None] = _run,
+) -> None:  # fmt: skip
+    """Fill the gradients, or with ``launch=_compile`` have the kernels compiled that do."""
     u, delta, A, B, C, D, z, bias, _, cu = inputs
     dout, dlast = cotangents
     tiling = _tiling(problem, config)
@@ -207,12 +240,13 @@ def backward(
     entering = None
     if pieces > 1:
         entering, steps = _carries(A, problem.rows, pieces)
-        kernels.adjoint_kernel[(problem.rows * (pieces - 1) * problem.groups * blocks,)](
+        launch(
+            kernels.adjoint_kernel, (problem.rows * (pieces - 1) * problem.groups * blocks,),
             delta, A, C, z, bias, dout, entering, steps, *sizes,
             *_strides(problem, delta, z, dout), *_projection(C),
             **{k: v for k, v in tiling.items() if k not in ("K", "TILES", "PACKED", "LANES")},
         )  # fmt: skip
-        _combine(problem, A, dlast, entering, steps, pieces, reverse=True)
+        _combine(launch, problem, A, dlast, entering, steps, pieces, reverse=True)
 
     within = A.new_empty(problem.rows, pieces, tiling["TILES"], *A.shape) if tiling["TILES"] > 1 else None
     # sums over several programs: atomic additions, or, where order matters, parts that torch adds up
@@ -228,7 +262,8 @@ def backward(
             gradient.zero_()
         targets[name] = parts.get(name, gradient)
     atomic = not problem.deterministic
-    kernels.backward_kernel[grid](
+    launch(
+        kernels.backward_kernel, grid,
         u, delta, A, B, C, D, z, bias, cu, kept.states, within, dout, dlast, entering,
         gradients.du, gradients.ddelta, targets["dA"], targets["dB"], targets["dC"], targets["dD"], gradients.dz,
         targets["ddelta_bias"], gradients.dinitial_state,
@@ -249,9 +284,10 @@ def _carries(A: Tensor, rows: int, pieces: int) -> tuple[Tensor, Tensor]:
     return A.new_empty(rows, pieces, dim, state), A.new_empty(rows, pieces, dim)
 
 
-def _combine(problem: Problem, A, edge, carry, steps, pieces: int, reverse: bool) -> None:
+def _combine(launch: Callable[..., None], problem: Problem, A, edge, carry, steps, pieces: int, reverse: bool) -> None:
     BN = triton.next_power_of_2(problem.state)
     BD = max(1, 512 // BN)
-    kernels.combine_kernel[(problem.rows * triton.cdiv(problem.dim, BD),)](
-        A, edge, carry, steps, problem.dim, problem.state, pieces, BN=BN, BD=BD, REVERSE=reverse, num_warps=4
-    )
+    launch(
+        kernels.combine_kernel, (problem.rows * triton.cdiv(problem.dim, BD),), A, edge, carry, steps, problem.dim,
+        problem.state, pieces, BN=BN, BD=BD, REVERSE=reverse, num_warps=4,
+    )  # fmt: skip
