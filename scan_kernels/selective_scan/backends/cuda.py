@@ -357,9 +357,10 @@ def _backward_time(problem: Problem, config: Config, splits: int, units: int, fi
     waiting = max(1.0, config.warps / (3 * config.groups))  # a turn is a part of an item, and most of a tile's overlaps
     waves = math.ceil(problem.rows * _block_count(problem, config) * parts / (units * fits))
     filled = problem.rows * problem.dim * parts / (waves * units * fits * config.channels)
-    thin = max(1.0, 8 / (config.warps * fits)) ** 0.4  # with 4 warps a multiprocessor does 0.76 of what it does with 8
+    # with 4 warps at work a multiprocessor does 0.76 of what it does with 8
+    thin = max(1.0, 8 * behind / (config.warps * fits)) ** 0.4
     # measured: a tile takes 0.9 items more, and a part begins and ends in the time of 1.3 tiles
-    return behind * waiting * thin * (1 + 0.9 / config.groups) / filled + 1.3 * config.tile / span
+    return waiting * thin * (1 + 0.9 / config.groups) / filled + 1.3 * config.tile / span
 
 
 def _entering_time(problem: Problem, tile: int, splits: int, units: int) -> tuple[float, int]:
