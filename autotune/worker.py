@@ -101,10 +101,15 @@ class Worker:
                 raise Failed(said["error"])
             if "value" in said:
                 return said["value"]
-        with contextlib.suppress(ProcessLookupError):  # it died just now
-            os.kill(self._pid, signal.SIGKILL)
+        self.kill()
         self._bury()
         raise Lost(f"hung: no result after {timeout:.3g} s")
+
+    def kill(self) -> None:
+        """End what works, whatever it is doing: ``receive`` will raise Lost, and another takes its place."""
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):  # it died just now
+                os.kill(self._pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End both processes, whatever they are doing."""

@@ -86,6 +86,9 @@ class Session:
         """
         names, default, keep = self._candidates(problem, backends)
         remote = _Remote(self, problem, gates=not finalists_only)
+        for c in self._compilers:
+            if c.job is not None:  # of a search that is over, and may take its time
+                c.worker.kill()
         remote.expect(names)
         self._worker.start()
         begin = time.perf_counter()

@@ -163,6 +163,19 @@ def test_what_comes_next_is_compiled_while_a_candidate_is_timed(monkeypatch, tmp
     assert result.winner[0] == "slow"
 
 
+def test_a_search_does_not_wait_for_what_an_earlier_one_had_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("FAULTS_LOG", str(tmp_path))
+    endless = ("slow", slow_to_compile().configs(None, None)[-1])  # nothing runs that it waits for
+    monkeypatch.setitem(OP.__dict__, "backends", {"slow": slow_to_compile(count=3)})
+    with tuning.Session(OP, CPU, compilers=1, bench="faults:FaultyBench") as session:
+        tuning._Remote(session, dataclasses.replace(CASE, length=30).used("inference")).expect([endless])
+        busy = session._compilers[0].worker._pid
+        session.tune(CASE.used("inference"), tuning.BUDGETS["full"])
+    log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    compiled = {pid for what, *_, pid in log if what == "compiled"}
+    assert compiled and compiled.isdisjoint({pid for what, *_, pid in log if what == "ran"} | {str(busy)})
+
+
 def test_what_nobody_compiles_ahead_has_time_to_be_compiled_when_it_first_runs(monkeypatch):
     monkeypatch.setitem(OP.__dict__, "backends", {"faulty": faulty("slow start")})
     with tuning.Session(OP, CPU, patience=2.0, compilers=1, bench="faults:FaultyBench") as session:
