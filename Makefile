@@ -1,5 +1,5 @@
 # make report   check, time and draw everything this machine can run: bench_reports/ (options: ARGS="--text FILE")
-# make test     run the tests (options: ARGS="-k mamba")
+# make test     run the tests, two files at a time, then those that measure time (options: ARGS="-k mamba")
 # make lint     ruff and mypy
 #
 # Needs python3 (3.11 or newer), pip and make. The first call creates .venv and installs what the three need, under
@@ -20,8 +20,10 @@ help:
 report: $(READY)
 	$(RUN) scan_kernels report $(ARGS)
 
+# Exit code 5: ARGS select no test of that kind.
 test: $(READY)
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n 2 --dist loadfile -m "not alone" $(ARGS) || test $$? -eq 5
+	$(RUN) pytest -m alone $(ARGS) || test $$? -eq 5
 
 lint: $(READY)
 	$(RUN) ruff check .

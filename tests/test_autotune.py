@@ -337,6 +337,7 @@ def test_an_entry_cannot_choose_its_folder(op):
         store.place(evil)
 
 
+@pytest.mark.alone
 def test_a_look_up_is_quick():
     store.publish(some_key(), CHOICES)
     key, times = some_key(), []
@@ -698,6 +699,7 @@ def test_two_timings_of_one_thing_seldom_lie_further_apart_than_their_noise():
     assert 0.01 <= apart / 400 <= 0.08
 
 
+@pytest.mark.alone
 def test_a_budget_ends_the_looks_and_never_the_final():
     names = list(range(100))
     runner = Playback({n: 1.0 + n / 100 for n in reversed(names)}, cost=0.01)  # the best comes last

@@ -14,6 +14,7 @@ from scan_kernels.selective_scan import cases
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.alone,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore:.* is not tuned for"),
 ]

@@ -53,6 +53,7 @@ def test_a_cpu_is_called_by_its_model_and_its_vectors(core, name):
 # ---- timer -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_a_slower_callable_measures_slower_and_the_quartiles_are_in_order():
     timings = timer.compare({"slow": lambda: time.sleep(4e-3), "fast": lambda: time.sleep(1e-3)}, CPU, seconds=0.1)
     for t in timings.values():
@@ -76,6 +77,7 @@ def test_a_very_slow_callable_is_called_twice():
     assert t.median_s >= 0.06
 
 
+@pytest.mark.alone
 def test_the_first_call_is_not_counted():
     calls = []
 
@@ -94,6 +96,7 @@ def test_what_a_callable_raises_comes_through():
         timer.measure(broken, CPU)
 
 
+@pytest.mark.alone
 def test_the_hosts_time_is_of_single_calls_and_waits_for_nothing(monkeypatch):
     waits = []
     monkeypatch.setattr(timer, "_synchronise", lambda device: lambda: (waits.append(1), time.sleep(5e-3)))
@@ -103,6 +106,7 @@ def test_the_hosts_time_is_of_single_calls_and_waits_for_nothing(monkeypatch):
     assert waits
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_timed_by_graph_replay_and_what_cannot_be_captured_by_events():
@@ -128,6 +132,7 @@ def test_a_cpu_is_timed_warm_and_cold(flushed, monkeypatch):
     assert ("flushed" in t.method) == flushed
 
 
+@pytest.mark.alone
 def test_a_flushed_buffer_is_slower_to_read_than_a_warm_one():
     # half of the last cache, so that it stays while nothing else runs
     x = torch.ones(timer.last_cache() // 2 // 4)
@@ -320,6 +325,7 @@ def test_other_processes_on_this_cpu_are_seen(monkeypatch):
     assert watch.conditions().disturbed == ("other processes took 50 % of the cores",)
 
 
+@pytest.mark.alone
 def test_this_cpu_tells_its_load():
     if not os.path.exists("/proc/stat"):
         pytest.skip("no /proc/stat")
@@ -332,6 +338,7 @@ def test_this_cpu_tells_its_load():
     assert 0 <= seen.others <= 1
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_has_a_cold_cache_clocks_and_a_counter_of_energy():
@@ -361,6 +368,7 @@ def no_ceilings(monkeypatch, tmp_path):
     return tmp_path / "ceilings"
 
 
+@pytest.mark.alone
 def test_ceilings_of_this_cpu_are_plausible_and_measured_once(no_ceilings, monkeypatch):
     begin = time.perf_counter()
     found = {c.resource: c for c in ceilings(CPU)}

@@ -57,6 +57,7 @@ def echo():
         yield worker
 
 
+@pytest.mark.alone
 def test_a_worker_answers_and_remembers_until_it_is_lost(echo):
     before = echo.lost
     value = echo.ask("add", 10, value=1)
