@@ -194,26 +194,9 @@ def test_cpu_is_refused_in_words():
 # ---- compiled without a device --------------------------------------------------------------------------------------
 
 
-def launches(monkeypatch, problem, config):
-    """(kernel, its arguments by name, launch options) of every launch a run of the problem makes, on no device."""
-    recorded = []
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, **named):
-                options = {"num_warps": named.pop("num_warps")}
-                recorded.append((self.kernel, dict(zip(self.kernel.arg_names, args, strict=False)) | named, options))
-
-            return launch
-
-    for name in ("forward_kernel", "adjoint_kernel", "backward_kernel", "combine_kernel"):
-        kernel = getattr(backend.kernels, name)
-        monkeypatch.setattr(backend.kernels, name, Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel))
-
-    p, dtype = problem, getattr(torch, problem.dtype)
+def on_no_device(p):
+    """What a backend is given for a problem: tensors without memory."""
+    dtype = getattr(torch, p.dtype)
 
     def f32(*shape, when=True):
         return torch.empty(shape, device="meta") if when else None
@@ -237,11 +220,26 @@ def launches(monkeypatch, problem, config):
     last = f32(p.rows, p.dim, p.state, when=p.has_last_state)
     states = f32(p.checkpoints, p.dim, p.state, when=p.checkpoint > 0)
     if p.direction == "forward":
-        backend.forward(p, inputs, Outputs(series(), last, states), config)
-    else:
-        like = [None if t is None else torch.empty(t.shape, device="meta") for t in inputs[:9]]
-        gradients = Gradients(series(), series(), *like[2:6], series(p.has_z), *like[7:])
-        backend.backward(p, inputs, Kept(states), Cotangents(series(), last), gradients, config)
+        return inputs, Outputs(series(), last, states)
+    like = [None if t is None else torch.empty(t.shape, device="meta") for t in inputs[:9]]
+    gradients = Gradients(series(), series(), *like[2:6], series(p.has_z), *like[7:])
+    return inputs, Kept(states), Cotangents(series(), last), gradients
+
+
+def recorder(recorded):
+    """A launch that adds (kernel, its arguments by name, launch options) to a list instead."""
+
+    def launch(kernel, grid, *args, **named):
+        options = {"num_warps": named.pop("num_warps")}
+        recorded.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | named, options))
+
+    return launch
+
+
+def launches(problem, config):
+    """What a run of the problem launches."""
+    recorded = []
+    getattr(backend, problem.direction)(problem, *on_no_device(problem), config, recorder(recorded))
     return recorded
 
 
@@ -295,14 +293,30 @@ COMPILED = {
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_for_cuda_and_hardly_spills(name, direction, monkeypatch, tmp_path):
+def test_compiles_for_cuda_and_hardly_spills(name, direction, tmp_path):
     problem = dataclasses.replace(COMPILED[name], direction=direction)
     config = backend.configs(problem, H100)[0]
-    recorded = launches(monkeypatch, problem, config)
+    recorded = launches(problem, config)
     assert len(recorded) == (3 if config.splits > 1 else 1)
     for kernel, arguments, options in recorded:
         spilled = spilled_bytes(compile_for_h100(kernel, arguments, options), tmp_path)
         assert spilled <= (384 if kernel.__name__ == "backward_kernel" else 128), f"{kernel.__name__}: {spilled} bytes"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_preparing_compiles_what_a_call_launches_and_launches_nothing(name, direction, monkeypatch):
+    problem = dataclasses.replace(COMPILED[name], direction=direction)
+    config = backend.configs(problem, H100)[0]
+    compiled = []
+    monkeypatch.setattr(backend, "_compile", recorder(compiled))
+    # on no device, a launch would raise
+    getattr(backend, f"prepare_{direction}")(problem, *on_no_device(problem), config)
+
+    def without_tensors(recorded):
+        return [(k, {n: v for n, v in a.items() if not torch.is_tensor(v)}, options) for k, a, options in recorded]
+
+    assert without_tensors(compiled) == without_tensors(launches(problem, config))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
