@@ -33,7 +33,7 @@ class Setting:
     device: Device
     block: Mamba  # ours, float32
     x: Tensor  # (batch, length, d_model)
-    u: Tensor  # (batch, d_inner, length), as the convolution gets it
+    u: Tensor  # (batch, d_inner, length), channel-contiguous, as the block's projection leaves it to the convolution
     step: dict[str, Tensor]  # arguments of a single step but its state
 
     @functools.cached_property
@@ -53,7 +53,7 @@ def setting(device: Device) -> Setting:
     step = {name: torch.randn(rows, dim, **new).to(dtype) for name in ("u", "delta", "z")}
     step |= {name: torch.randn(rows, STATE, **new).to(dtype) for name in ("B", "C")}
     step |= {"A": -torch.rand(dim, STATE, **new), "D": torch.randn(dim, **new), "bias": torch.randn(dim, **new)}
-    u = torch.randn(batch, dim, length, **new).to(dtype)
+    u = torch.randn(batch, length, dim, **new).to(dtype).transpose(1, 2)
     return Setting(device, block, torch.randn(batch, length, width, **new), u, step)
 
 
