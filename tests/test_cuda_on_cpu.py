@@ -233,22 +233,38 @@ def test_windows_cover_each_step_once_within_the_limit():
 PLANTED = {
     "a relay's own tiles": (
         Config(4, 8, 16, relay=1),
+        None,
         "copies_wait<2>();\n      __syncwarp();",
         "copies_wait<2>();",
     ),
-    "a block's tiles of B and C": (Config(2, 4, 32), "if (BC_TILES > 0 && !RELAY) __syncthreads();", "if (false);"),
+    "a relay's turn": (Config(4, 8, 16, relay=1), None, "turns.wait(warp, i / TURNS - (turn == 0));", ";"),
+    "a block's tiles of B and C": (
+        Config(2, 4, 32),
+        None,
+        "if (BC_TILES > 0 && !RELAY) __syncthreads();",
+        "if (false);",
+    ),
+    "a turn between sweeps": (FORWARD, BACKWARD, "if (LATE) take_turn(), finish_last()", "if (LATE) finish_last()"),
 }
+
+
+def test_turns_may_be_passed_as_the_sanitizer_has_them_passed(monkeypatch, tmp_path):
+    emulator = install(monkeypatch, tmp_path, change=lambda code: f"#define TURN_ARRIVALS 32\n{code}")
+    assert right(dataclasses.replace(SMALL, dtype="bfloat16"), Config(4, 4, 16, groups=2, relay=1), BACKWARD)
+    assert emulator.races == 0
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_missing_barrier_is_found(name, monkeypatch, tmp_path, capfd):
-    config, before, after = PLANTED[name]
+    forward, backward, before, after = PLANTED[name]
+    changed = []
 
     def without(code: str) -> str:
-        assert before in code
+        changed.append(before in code)
         return code.replace(before, after)
 
     emulator = install(monkeypatch, tmp_path, change=without)
-    wrong(dataclasses.replace(SMALL, dtype="bfloat16"), config, None)
+    wrong(dataclasses.replace(SMALL, dtype="bfloat16"), forward, backward)
+    assert any(changed)
     assert emulator.races > 0
     assert "race: " in capfd.readouterr().err
