@@ -7,7 +7,7 @@ and the table shipped for its architecture, measured on as many multiprocessors.
              "validity": {"schema", "sources", "versions"},  what the kernels are made of
              "device": {...}, "problem": {...}},             what the choice is for: a machine and a bucket of problems
      "choices": [{"backend", "config", "seconds"}, ...]      one per backend, best first
-     ...}                                                    measured problem, trials, clocks, date: for people to read
+     ...}                              for people to read: measured problem, trials, how many were unseen, clocks, date
 
 A cached entry counts only where its whole key is equal; ``differences`` names the fields that are not. A shipped one
 must agree in problem and hardware, or problem, architecture and multiprocessors; its validity says there what it was

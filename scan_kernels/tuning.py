@@ -143,6 +143,7 @@ class Session:
             "default": _record(result.trials[result.default]),
             "measured": measured,
             "trials": [_record(t) for t in result.trials.values()],
+            "unseen": result.unseen,
             "seconds": round(result.seconds, 2),
             "clocks": self._clocks(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

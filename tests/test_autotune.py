@@ -299,11 +299,11 @@ def test_eight_writers_killed_at_random_spoil_no_read_and_lose_no_publish():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         deadline = time.monotonic() + 30
-        while any(w.is_alive() for w in writers) and time.monotonic() < deadline:
+        while (alive := [w.pid for w in writers if w.is_alive()]) and time.monotonic() < deadline:
             for state in (1, 2, 3, *range(100, 108)):
                 reads += len(list(store.lookup(some_key(state=state))))
             if reads > 300 and rng.random() < 0.2:
-                os.kill(rng.choice([w.pid for w in writers if w.is_alive()]), signal.SIGKILL)
+                os.kill(rng.choice(alive), signal.SIGKILL)
                 time.sleep(0.01)
         for w in writers:
             w.kill()

@@ -138,7 +138,8 @@ def drawn():
 
 
 def test_the_first_configuration_is_about_the_best_that_was_measured():
-    known, seen = [*((e["measured"], e["trials"]) for e in shipped()), *drawn()], 0
+    known = [(p, trials) for p, trials in [*((e["measured"], e["trials"]) for e in shipped()), *drawn()] if trials[1:]]
+    seen = 0
     for measured, trials in known:
         problem = Problem(**measured)
         first = dataclasses.asdict(cuda.configs(problem, H200)[0])

@@ -467,6 +467,12 @@ def test_a_table_is_written_with_its_provenance_and_serves_whoever_has_nothing_t
     # what the table has is not measured again for it, but is where it was not asked for
     assert "0 of 0 problems" in said(capsys, *argv)
     assert "0 of 0 problems" not in said(capsys, *argv[:-2])
+    # where one of several candidates was timed, nothing was found out
+    for entry in [json.loads(p.read_text()) for p in store.files()]:
+        store.keep(entry | {"unseen": 3, "trials": entry["trials"][:1]})
+    before = path.read_bytes()
+    assert "not for the table" in said(capsys, *argv)
+    assert path.read_bytes() == before
     # what it has of other sources is, but after what it lacks
     said(capsys, "clear")
     content = store.read_table(path)

@@ -366,6 +366,11 @@ def _write_table(op: Op, device: Device, folder: Path, out: Any) -> int:
         if isinstance(entry, dict) and entry["key"]["op"] == op.name:
             here = store.Key(op.name, op.sources, entry["key"]["problem"], device).as_dict()
             entries += [entry] if here == entry["key"] else []
+    # where there was time for one of several candidates, it would keep a better rule of thumb from being used one day
+    compared = [e for e in entries if not e.get("unseen") or sum("seconds" in t for t in e["trials"]) > 1]
+    if alone := len(entries) - len(compared):
+        out.print(f"{alone} entries not for the table: there was time for one candidate")
+    entries = compared
     if not entries:
         out.print("no table written: nothing new is kept for this device")
         return 0
