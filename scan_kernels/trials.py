@@ -42,11 +42,11 @@ class Bench:
         """Compile all that timing and, with ``gates``, judging will launch, as far as is possible without launching."""
         module, made, posed = self._candidate(problem, backend, config)
         if (prepare := getattr(module, f"prepare_{posed.direction}", None)) is not None:
-            slender = self.op.cases.slender(posed)
             judged = self.op.cases.gates(posed) if gates else []
-            for case, small in [*judged, (self.op.cases.posed(slender), slender)]:
-                arguments, _ = self.op.cases.pose(case.make(self.device.torch, seed=0), small, run=False)
-                prepare(small, *arguments, made)
+            for case, each in [*judged, (self.op.cases.posed(posed), posed)]:
+                # the very sizes, for Triton's kernels depend on what divides them, but no memory
+                arguments, _ = self.op.cases.pose(case.make("meta", seed=0), each, run=False)
+                prepare(each, *arguments, made)
 
     def ready(self, problem: dict[str, Any]) -> None:
         """Make what judging and timing candidates for a problem needs."""

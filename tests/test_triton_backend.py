@@ -19,7 +19,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from scan_kernels import reference
+from scan_kernels import reference, trials
 from scan_kernels.profiling.device import Device
 from scan_kernels.selective_scan import selective_scan
 from scan_kernels.selective_scan.backends import triton as backend
@@ -317,6 +317,26 @@ def test_preparing_compiles_what_a_call_launches_and_launches_nothing(name, dire
         return [(k, {n: v for n, v in a.items() if not torch.is_tensor(v)}, options) for k, a, options in recorded]
 
     assert without_tensors(compiled) == without_tensors(launches(problem, config))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_tuning_compiles_ahead_what_its_trial_launches(name, direction, monkeypatch):
+    """Triton compiles a kernel again for sizes that 16 divides or that are 1: those of fewer channels would not do."""
+    problem = dataclasses.replace(COMPILED[name], direction=direction)
+    config = backend.configs(problem, H100)[0]
+    compiled = []
+    monkeypatch.setattr(backend, "_compile", recorder(compiled))
+    monkeypatch.setattr(backend, "supports", lambda problem: None)
+    trials.Bench("selective_scan", "cpu").compile(problem.key(), "triton", dataclasses.asdict(config), gates=False)
+
+    def specialised(recorded):
+        def of(value):
+            return (value.dtype, value.data_ptr() % 16) if torch.is_tensor(value) else value
+
+        return [(k, {n: of(v) for n, v in arguments.items()}, options) for k, arguments, options in recorded]
+
+    assert specialised(compiled) == specialised(launches(problem, config))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -94,11 +94,12 @@ class Case:
     def make(self, device: torch.device | str = "cpu", seed: int | None = None) -> Tensors:
         """Fresh random arguments of ``selective_scan`` by name, with ``dout`` and ``dlast_state``.
 
-        Values are those of a Mamba layer at initialisation: A = -(1 .. N) with noise, Δ between 0.001 and 0.1.
+        Values are those of a Mamba layer at initialisation: A = -(1 .. N) with noise, Δ between 0.001 and 0.1. On the
+        device "meta" the tensors have no values and take no memory, but lie alike.
         """
         device = torch.device(device)
         distances = itertools.count(self.pitch, self.pitch)
-        generator = torch.Generator(device)
+        generator = torch.Generator("cpu" if device.type == "meta" else device)
         generator.manual_seed(torch.seed() % 2**63 if seed is None else seed)
         dtype = getattr(torch, self.dtype)
         batch, length = (1, sum(self.lengths)) if self.lengths else (self.batch, self.length)
@@ -203,13 +204,6 @@ def gates(problem: Problem) -> list[tuple[Case, Problem]]:
         ))
         for case in posed(problem).gates()
     ]  # fmt: skip
-
-
-def slender(problem: Problem) -> Problem:
-    """The problem with as few channels as take the same kernels: what is to be compiled, but not run."""
-    per_group = problem.dim // problem.groups
-    dim = problem.groups * (per_group if per_group < 32 else 16 + per_group % 16)
-    return dataclasses.replace(problem, batch=1, dim=dim)
 
 
 class Posed(NamedTuple):
