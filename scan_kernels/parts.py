@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import measure
 from .mamba import Mamba
-from .mamba.plain import causal_conv1d, selective_state_update
+from .mamba.short import causal_conv1d, selective_state_update
 from .profiling import timer
 from .profiling.device import Device
 

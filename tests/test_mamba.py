@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import scan_kernels.mamba
 from scan_kernels import Mamba, reference, selective_scan
 from scan_kernels.mamba import block
-from scan_kernels.mamba.plain import causal_conv1d, selective_state_update
+from scan_kernels.mamba.short import causal_conv1d, selective_state_update
 
 VARIANTS = {
     "default": {},
@@ -357,7 +357,7 @@ def test_docstring_example_runs():
     assert results.failed == 0
 
 
-# ---- the two plain functions ----------------------------------------------------------------------------------------
+# ---- the two functions around the scan ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])

@@ -6,18 +6,16 @@ process of their own, with TRITON_INTERPRET=1. The compile tests need neither a 
 """
 
 import dataclasses
-import os
 import random
-import re
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton_help import compile_for_h100, compiles_without_a_device, interpret, recorder, spilled_bytes
 
 from scan_kernels import reference, trials
 from scan_kernels.profiling.device import Device
@@ -178,10 +176,7 @@ def test_native(case):
 
 @pytest.mark.skipif(backend.INTERPRETED, reason="this is the interpreter's process")
 def test_cases_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_interpreted"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert f"{len(CASES)} passed" in done.stdout
+    interpret(__file__, len(CASES))
 
 
 @pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter runs on a CPU")
@@ -226,53 +221,11 @@ def on_no_device(p):
     return inputs, Kept(states), Cotangents(series(), last), gradients
 
 
-def recorder(recorded):
-    """A launch that adds (kernel, its arguments by name, launch options) to a list instead."""
-
-    def launch(kernel, grid, *args, **named):
-        options = {"num_warps": named.pop("num_warps")}
-        recorded.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | named, options))
-
-    return launch
-
-
 def launches(problem, config):
     """What a run of the problem launches."""
     recorded = []
     getattr(backend, problem.direction)(problem, *on_no_device(problem), config, recorder(recorded))
     return recorded
-
-
-def compile_for_h100(kernel, arguments, options):
-    """The cubin, specialised as a launch would be."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = pointer[value.dtype]
-        elif value is None or kernel.params[i].is_constexpr or value == 1:
-            signature[name], constants[(i,)] = "constexpr", value
-            continue
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
-
-
-def spilled_bytes(cubin, folder):
-    """Stack of a thread: what did not fit in registers."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip("this Triton carries no cuobjdump")
-    (folder / "kernel.cubin").write_bytes(cubin)
-    usage = subprocess.run([tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True)
-    return int(re.search(r"STACK:(\d+)", usage.stdout).group(1))
 
 
 FULL = dict.fromkeys(("has_D", "has_z", "has_bias", "softplus", "has_last_state", "has_initial_state"), True)
@@ -287,10 +240,7 @@ COMPILED = {
 
 
 @pytest.mark.skipif(backend.INTERPRETED, reason="kernels are interpreted, not compiled")
-@pytest.mark.skipif(
-    tuple(int(v) for v in triton.__version__.split(".")[:2]) < (3, 3),
-    reason="compiling without a device needs Triton 3.3",
-)
+@compiles_without_a_device
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_for_cuda_and_hardly_spills(name, direction, tmp_path):

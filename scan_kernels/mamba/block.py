@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..selective_scan import selective_scan
-from .plain import causal_conv1d, selective_state_update
+from .short import causal_conv1d, selective_state_update
 
 
 @dataclasses.dataclass(frozen=True)
