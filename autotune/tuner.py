@@ -55,8 +55,8 @@ class Runner(Protocol):
     def expect(self, names: Sequence[Name]) -> None:
         """These will be asked for, in this order: a hint, to compile them meanwhile."""
 
-    def next(self, names: Sequence[Name], patience: float) -> Name:
-        """Which of these to look at next: one that is compiled, if there is one within so many seconds."""
+    def next(self, names: Sequence[Name], patience: float) -> Name | None:
+        """Which of these to look at next; None if it takes more than so many seconds until one is compiled."""
 
     def judge(self, name: Name) -> str | None:
         """None, or why the candidate must not win."""
@@ -115,23 +115,22 @@ def tune(
             note(Trial(n, timing, final=final))
         return {n: t.median_s for n, t in zip(names, timings, strict=True)}
 
-    def look(name: Name, seconds: float) -> dict[Name, float]:
-        if time.perf_counter() - begin < LOOKS * budget or not trials:
-            return timed([name], seconds, False) if finalists_only or admitted(name) else {}
-        if (seen := trials.get(name)) is None:
-            unseen.add(name)
-        return {name: seen.timing.median_s} if seen and seen.timing else {}
-
     def looks(names: list[Name], seconds: float) -> dict[Name, float]:
         left = list(names)
         times: dict[Name, float] = {}
         while left:
             patience = LOOKS * budget - (time.perf_counter() - begin)
-            if patience <= 0:
-                runner.expect([])
-            name = runner.next(left, patience) if patience > 0 and trials else left[0]
+            # whatever the budget, the first candidate of all is looked at
+            name = left[0] if not trials else runner.next(left, patience) if patience > 0 else None
+            if name is None:
+                break
             left.remove(name)
-            times |= look(name, seconds)
+            times |= timed([name], seconds, False) if finalists_only or admitted(name) else {}
+        for name in left:
+            if (earlier := trials.get(name)) is None:
+                unseen.add(name)
+            elif earlier.timing:
+                times[name] = earlier.timing.median_s
         return times
 
     request = next(strategy, None)

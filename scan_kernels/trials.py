@@ -33,8 +33,9 @@ class Bench:
 
     @staticmethod
     def preload() -> None:
-        """Import what torch puts off until a first gradient or a first poisoning, and what takes it seconds."""
+        """Import what torch puts off until a first gradient, poisoning or tensor without memory: it takes seconds."""
         importlib.import_module("torch.fx.experimental.symbolic_shapes")
+        torch.empty(1, device="meta").normal_()
         with check.poisoned():
             pass
 

@@ -9,11 +9,13 @@ Both functions are ``scan_kernels.autotune``'s. Under torch.distributed rank 0 t
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
 import math
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ from .profiling.device import Device, describe
 BUDGETS = {"quick": 15.0, "full": math.inf}  # seconds a problem
 PATIENCE_S = 20.0  # without an answer a candidate counts as hung
 COMPILING = 6  # times as long if it may be compiling
+LEFTOVER_S = 5.0  # that an ended search's compiling may take in all; a new process is as long in starting
 READY_S = 300.0  # for what all candidates of a problem share: tensors, references, the default's compilation
 MOST_COMPILERS = 12
 ALIKE = ("direction", "dtype", "state", "layout")  # problems that agree in these tend to agree in what is best
@@ -56,7 +59,8 @@ class Session:
         self.op, self.device, self.patience = op, device, patience
         where = str(device.torch)
         self._worker = Worker(bench, preload=True, op=op.name, device=where)
-        self._compilers = [_Compiler(Worker(bench, op=op.name, device=where)) for _ in range(compilers)]
+        self._compilers = [_Compiler(Worker(bench, preload=True, op=op.name, device=where)) for _ in range(compilers)]
+        self._took: dict[tuple[str, bool], collections.deque[float]] = {}
         self._winners = _earlier_winners(op, device)
 
     def __enter__(self) -> Session:
@@ -87,11 +91,11 @@ class Session:
         names, default, keep = self._candidates(problem, backends)
         remote = _Remote(self, problem, gates=not finalists_only)
         for c in self._compilers:
-            if c.job is not None:  # of a search that is over, and may take its time
-                c.worker.kill()
+            c.deadline = min(c.deadline, c.begun + LEFTOVER_S)
         remote.expect(names)
         self._worker.start()
         begin = time.perf_counter()
+        remote.until = time.monotonic() + tuner.LOOKS * budget
         with contextlib.suppress(Failed, Lost):  # each candidate says so for itself
             remote.ready()
         seconds = min(budget, 60.0)
@@ -220,7 +224,8 @@ class _Compiler:
     def __init__(self, worker: Worker):
         self.worker = worker
         self.job: tuple[_Remote, Name] | None = None
-        self.deadline = 0.0
+        self.begun = self.deadline = 0.0
+        self.warm = False  # the first job of a process also waits for its libraries and its context on the device
 
 
 class _Remote:
@@ -229,6 +234,7 @@ class _Remote:
     def __init__(self, session: Session, problem: Any, gates: bool = True):
         self.session, self.problem, self.gates = session, problem, gates
         self.queue: list[Name] = []
+        self.until = math.inf  # what is not compiled by then is not looked at
         self.compiled: dict[Name, str | None] = {}  # None, or what went wrong; a name that is not here was not begun
         self.trusted: tuple[str, dict[str, Any]] | None = None  # the first that passed, whichever worker judged it
 
@@ -240,16 +246,17 @@ class _Remote:
         """Have made what all candidates share, also in a worker that took a lost one's place."""
         self._ask("ready", READY_S)
 
-    def next(self, names: Sequence[Name], patience: float) -> Name:
-        """One that is compiled, or the first of them where none is or will be."""
+    def next(self, names: Sequence[Name], patience: float) -> Name | None:
+        """One that is compiled; None where none is, or will be in time. The first where nobody compiles ahead."""
         deadline = time.monotonic() + patience
-        while True:
+        while self.session._compilers:
             self._feed()
-            found = next((n for n in names if n in self.compiled), None)
-            coming = any(n in self.queue or self._is_at(n) for n in names)
-            if found is not None or not coming or time.monotonic() > deadline:
-                return names[0] if found is None else found
+            if (found := next((n for n in names if n in self.compiled), None)) is not None:
+                return found
+            if time.monotonic() > deadline or not any(n in self.queue or self._is_at(n) for n in names):
+                return None
             time.sleep(0.002)
+        return names[0]
 
     def judge(self, name: Name) -> str | None:
         self.ready()
@@ -301,22 +308,32 @@ class _Remote:
 
     def _feed(self) -> None:
         """Collect what is compiled, give up on what hangs, and hand out what is next."""
+        now = time.monotonic()
         for c in self.session._compilers:
-            if c.job is not None and (c.worker.ready() or time.monotonic() > c.deadline):
+            if c.job is not None and (c.worker.ready() or now > c.deadline):
                 (remote, name), c.job = c.job, None
                 remote.compiled[name] = None
+                if c.warm or now > c.deadline:
+                    remote._times(name).append(now - c.begun)
+                c.warm = True
                 try:
-                    c.worker.receive(1.0 if time.monotonic() <= c.deadline else 0.0)
+                    c.worker.receive(1.0 if now <= c.deadline else 0.0)
                 except Failed:
                     pass  # it says so again where it is judged
                 except Lost as e:
-                    remote.compiled[name] = f"compiling: {e}"
-            if c.job is None and self.queue:
+                    remote.compiled[name], c.warm = f"compiling: {e}", False
+            while c.job is None and self.queue:
                 name = self.queue.pop(0)
-                c.job, c.deadline = (self, name), time.monotonic() + COMPILING * self.session.patience
+                if now + statistics.median(self._times(name) or [0.0]) > self.until:
+                    continue  # it would be done too late, and in the next search's way
+                c.job, c.begun, c.deadline = (self, name), now, now + COMPILING * self.session.patience
                 backend, config = name[0], dataclasses.asdict(name[1])
                 job = {"backend": backend, "config": config, "gates": self.gates}
                 c.worker.post("compile", problem=self.problem.key(), **job)
+
+    def _times(self, name: Name) -> collections.deque[float]:
+        """How long compiling such a candidate took of late."""
+        return self.session._took.setdefault((name[0], self.gates), collections.deque(maxlen=9))
 
 
 def _choices(result: tuner.Result) -> list[dict[str, Any]]:

@@ -602,7 +602,8 @@ class Playback:
         self.expected.append(list(names))
 
     def next(self, names, patience):
-        return min(names, key=lambda n: self.compiled_at.get(n, 0.0))
+        name = min(names, key=lambda n: self.compiled_at.get(n, 0.0))
+        return name if self.compiled_at.get(name, 0.0) <= patience else None
 
     def judge(self, name):
         time.sleep(self.cost)
@@ -651,6 +652,14 @@ def test_what_is_compiled_first_is_looked_at_first():
     runner.compiled_at = {1: 9.0, 2: 5.0, 5: 7.0}
     tune(runner)
     assert [n for (n,) in runner.asked[:-1]] == [0, 3, 4, 6, 7, 2, 5, 1]
+
+
+def test_what_is_not_compiled_in_time_is_unseen_and_nobody_waits_for_it():
+    runner = Playback({k: 8.0 - k for k in range(8)})
+    runner.compiled_at = dict.fromkeys((3, 6, 7), 1e9)
+    result = tune(runner, budget=60.0)
+    assert (result.unseen, result.winner) == (3, 5)
+    assert result.trials.keys() == {0, 1, 2, 4, 5}
 
 
 def test_a_wrong_and_a_lost_candidate_are_trials_with_a_reason_and_never_win():

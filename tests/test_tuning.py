@@ -1,5 +1,6 @@
 """Tuning composed: worker processes, sessions, the verb with all its actions, Python, several ranks."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -166,6 +167,7 @@ def test_what_comes_next_is_compiled_while_a_candidate_is_timed(monkeypatch, tmp
 
 def test_a_search_does_not_wait_for_what_an_earlier_one_had_compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("FAULTS_LOG", str(tmp_path))
+    monkeypatch.setattr(tuning, "LEFTOVER_S", 0.5)
     endless = ("slow", slow_to_compile().configs(None, None)[-1])  # nothing runs that it waits for
     monkeypatch.setitem(OP.__dict__, "backends", {"slow": slow_to_compile(count=3)})
     with tuning.Session(OP, CPU, compilers=1, bench="faults:FaultyBench") as session:
@@ -176,6 +178,18 @@ def test_a_search_does_not_wait_for_what_an_earlier_one_had_compiled(monkeypatch
     compiled = {pid for what, *_, pid in log if what == "compiled"}
     assert compiled
     assert compiled.isdisjoint({pid for what, *_, pid in log if what == "ran"} | {str(busy)})
+
+
+def test_what_would_be_compiled_too_late_is_not_begun(monkeypatch, tmp_path):
+    monkeypatch.setenv("FAULTS_LOG", str(tmp_path))
+    monkeypatch.setitem(OP.__dict__, "backends", {"slow": slow_to_compile(count=6)})
+    with tuning.Session(OP, CPU, compilers=1, bench="faults:FaultyBench") as session:
+        for took, budget, unseen in ((100.0, 20.0, 5), (0.1, 20.0, 0), (100.0, tuning.BUDGETS["full"], 0)):
+            session._took["slow", True] = collections.deque([took])
+            result = session.tune(CASE.used("inference"), budget)
+            assert (result.unseen, len(result.trials)) == (unseen, 6 - unseen)
+            assert result.winner is not None
+            assert result.seconds < 20.0  # nor does anybody wait for them
 
 
 def test_what_nobody_compiles_ahead_has_time_to_be_compiled_when_it_first_runs(monkeypatch):
