@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     stages: int  # tiles whose loads are under way at once
 
 
-TILES = {"forward": Tile(128, 8, 128, 1, 2), "backward": Tile(128, 4, 256, 1, 2)}
+TILES = {"forward": Tile(128, 8, 128, 1, 2), "backward": Tile(256, 4, 256, 2, 3)}
 ENOUGH = 2048  # programs that keep a GPU busy; until there are so many, they span fewer steps
 
 
