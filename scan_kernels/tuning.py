@@ -310,14 +310,16 @@ class _Remote:
         """Collect what is compiled, give up on what hangs, and hand out what is next."""
         now = time.monotonic()
         for c in self.session._compilers:
-            if c.job is not None and (c.worker.ready() or now > c.deadline):
+            late = now > c.deadline
+            if c.job is not None and (late or c.worker.ready()):
                 (remote, name), c.job = c.job, None
                 remote.compiled[name] = None
-                if c.warm or now > c.deadline:
-                    remote._times(name).append(now - c.begun)
+                if late or c.warm:
+                    # what is ended here would have taken longer
+                    remote._times(name).append((1 + late) * (now - c.begun))
                 c.warm = True
                 try:
-                    c.worker.receive(1.0 if now <= c.deadline else 0.0)
+                    c.worker.receive(0.0 if late else 1.0)
                 except Failed:
                     pass  # it says so again where it is judged
                 except Lost as e:

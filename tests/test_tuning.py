@@ -514,7 +514,7 @@ def test_regret_is_measured_resumed_and_summed_up(monkeypatch, played, capsys, t
     assert len(asked) == len(set(asked)) == 3  # what was measured is not measured again
     assert "tuned 0 % 0 % 3" in out
     records = store.read_records(file)
-    assert [set(r) for r in records] == [{"problem", "seconds", "times", "choices"}] * 3
+    assert [set(r) for r in records] == [{"problem", "seconds", "unseen", "times", "choices"}] * 3
     monkeypatch.setattr(Played, "verdicts", {"chunked": "wrong result: out"})
     assert "no candidate passed" in said(capsys, "regret", "--problems", "1", "--seed", "4", code=1)
 
@@ -532,6 +532,8 @@ def test_the_figures_of_regret_are_what_they_are_called():
         return {"times": timings, "seconds": {"tuned": 9.0, "tuned again": 3.0, figures.EXHAUSTIVE: 30.0}}
 
     records = [record(1.02, 1.0, 1.5, 1.0), record(1.0, 1.001, 4.0, 1.0), record(0.5, 0.5, 0.5, 0.55)]
+    records[0]["unseen"] = {"tuned": 8, "tuned again": 0, figures.EXHAUSTIVE: 0}
+    records[1]["unseen"] = {"tuned": 5, "tuned again": 0, figures.EXHAUSTIVE: 0}
     assert figures.regret(records[0], "tuned") == pytest.approx(0.02)
     assert figures.regret(records[2], figures.EXHAUSTIVE) == pytest.approx(0.1)
     out = StringIO()
@@ -542,6 +544,7 @@ def test_the_figures_of_regret_are_what_they_are_called():
     assert "further apart than the noise 33 %" in said
     assert "(geometric mean, best) 1.81x 4x" in said
     assert "seconds: tuned again 3 3" in said
+    assert "unseen: tuned 6.5 8 2" in said  # an older record does not say
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -67,13 +67,14 @@ def _measured(op: Op, session: Any, problem: Any, budget: float) -> Record:
 
     chosen: dict[str, Any] = {}
     took: dict[str, float] = {}
+    unseen: dict[str, int] = {}
     # the quick ones come first, so that the very first finds nothing compiled
     for name, seconds in (("tuned", budget), ("tuned again", budget), (EXHAUSTIVE, tuning.BUDGETS["full"])):
         session.forget()
         result = session.tune(problem, seconds, finalists_only=name == EXHAUSTIVE)
         if result.winner is None:
             return {"problem": problem.key(), "failed": "no candidate passed"}
-        chosen[name], took[name] = result.winner, round(result.seconds, 2)
+        chosen[name], took[name], unseen[name] = result.winner, round(result.seconds, 2), result.unseen
         chosen["heuristic"] = result.default
     # the exhaustive search keeps the default where the gap is noise: here the fastest is asked for
     timed = [t for t in result.trials.values() if t.final and t.timing]
@@ -89,6 +90,7 @@ def _measured(op: Op, session: Any, problem: Any, budget: float) -> Record:
     return {
         "problem": problem.key(),
         "seconds": took,
+        "unseen": unseen,
         "times": {name: dataclasses.asdict(of[c]) for name, c in chosen.items()},
         "choices": {name: {"backend": c[0], "config": dataclasses.asdict(c[1])} for name, c in chosen.items()},
     }
@@ -119,6 +121,8 @@ def summary(records: list[Record]) -> Any:
     for name in ("tuned", "tuned again", EXHAUSTIVE):
         took = [r["seconds"][name] for r in records]
         shown.add_row(f"seconds: {name}", f"{statistics.mean(took):.3g}", f"{max(took):.3g}", "")
+        if missed := [r["unseen"][name] for r in records if "unseen" in r]:  # older records do not say
+            shown.add_row(f"unseen: {name}", f"{statistics.mean(missed):.3g}", str(max(missed)), str(len(missed)))
     return shown
 
 
