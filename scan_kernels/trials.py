@@ -39,12 +39,15 @@ class Bench:
         with check.poisoned():
             pass
 
-    def compile(self, problem: dict[str, Any], backend: str, config: dict[str, Any], gates: bool = True) -> None:
-        """Compile all that timing and, with ``gates``, judging will launch, as far as is possible without launching."""
+    def compile(self, problem: dict[str, Any], backend: str, config: dict[str, Any], part: int | None = None) -> None:
+        """Compile all that judging and timing will launch, as far as is possible without launching.
+
+        part: only what one of the gate's inputs takes, by its number, or with -1 the problem itself.
+        """
         module, made, posed = self._candidate(problem, backend, config)
         if (prepare := getattr(module, f"prepare_{posed.direction}", None)) is not None:
-            judged = self.op.cases.gates(posed) if gates else []
-            for case, each in [*judged, (self.op.cases.posed(posed), posed)]:
+            cases = [*self.op.cases.gates(posed), (self.op.cases.posed(posed), posed)]
+            for case, each in cases if part is None else [cases[part]]:
                 # the very sizes, for Triton's kernels depend on what divides them, but no memory
                 arguments, _ = self.op.cases.pose(case.make("meta", seed=0), each, run=False)
                 prepare(each, *arguments, made)
@@ -54,9 +57,8 @@ class Bench:
         posed = self.op.problem_type(**problem)
         if posed != self._problem:
             self._problem, self._posed, self._expected = None, None, {}  # free the last one's memory first
-            if posed.checkpoint:
-                # the default of the other direction takes part in judging: nobody's patience is for its compiler
-                other = dataclasses.replace(posed, direction="backward" if posed.direction == "forward" else "forward")
+            if (other := self.op.cases.opposite(posed)) is not None:
+                # its default takes part in judging: nobody's patience is for its compiler
                 default = self.op.resolve(other, self.device.torch)
                 self.compile(other.key(), default.backend, dataclasses.asdict(default.config))
             self.gate.ready(posed)

@@ -60,7 +60,7 @@ class Session:
         where = str(device.torch)
         self._worker = Worker(bench, preload=True, op=op.name, device=where)
         self._compilers = [_Compiler(Worker(bench, preload=True, op=op.name, device=where)) for _ in range(compilers)]
-        self._took: dict[tuple[str, bool], collections.deque[float]] = {}
+        self._took: dict[str, collections.deque[float]] = {}
         self._winners = _earlier_winners(op, device)
 
     def __enter__(self) -> Session:
@@ -92,10 +92,12 @@ class Session:
         remote = _Remote(self, problem, gates=not finalists_only)
         for c in self._compilers:
             c.deadline = min(c.deadline, c.begun + LEFTOVER_S)
+        ahead = self._opposite(problem)
         remote.expect(names)
         self._worker.start()
         begin = time.perf_counter()
         remote.until = time.monotonic() + tuner.LOOKS * budget
+        ahead()
         with contextlib.suppress(Failed, Lost):  # each candidate says so for itself
             remote.ready()
         seconds = min(budget, 60.0)
@@ -154,6 +156,16 @@ class Session:
         }
         store.keep(entry)
         return entry
+
+    def _opposite(self, problem: Any) -> Callable[[], object]:
+        """Have the default of the other direction compiled, if it takes part in judging; a call that waits for it."""
+        other = self.op.cases.opposite(problem)
+        if other is None or not self._compilers:
+            return lambda: None
+        choice, remote = self.op.resolve(other, self.device.torch), _Remote(self, other)
+        name = choice.backend, choice.config
+        remote.expect([name])
+        return lambda: remote._compile(name)
 
     def _clocks(self) -> dict[str, int]:
         try:
@@ -223,23 +235,32 @@ class _Compiler:
 
     def __init__(self, worker: Worker):
         self.worker = worker
-        self.job: tuple[_Remote, Name] | None = None
+        self.job: tuple[_Remote, Name, int] | None = None
         self.begun = self.deadline = 0.0
         self.warm = False  # the first job of a process also waits for its libraries and its context on the device
 
 
 class _Remote:
-    """The tuner's Runner for one problem: asks the session's processes. gates: compile ahead what judging takes."""
+    """The tuner's Runner for one problem: asks the session's processes. gates: compile ahead what judging takes.
+
+    A candidate is compiled in parts, of which each input of the gate is one, at the same time where processes are free.
+    """
 
     def __init__(self, session: Session, problem: Any, gates: bool = True):
         self.session, self.problem, self.gates = session, problem, gates
-        self.queue: list[Name] = []
+        self.parts = [-1, *range(len(session.op.cases.gates(problem)) if gates else 0)]  # as ``Bench.compile`` counts
+        self.queue: list[tuple[Name, int]] = []
+        self.begun: dict[Name, set[int]] = {}
+        self.done: dict[Name, set[int]] = {}
         self.until = math.inf  # what is not compiled by then is not looked at
         self.compiled: dict[Name, str | None] = {}  # None, or what went wrong; a name that is not here was not begun
         self.trusted: tuple[str, dict[str, Any]] | None = None  # the first that passed, whichever worker judged it
 
     def expect(self, names: Sequence[Name]) -> None:
-        self.queue = [n for n in names if n not in self.compiled] if self.session._compilers else []
+        self.queue.clear()
+        if self.session._compilers:
+            left = [n for n in names if n not in self.compiled]
+            self.queue += [(n, part) for n in left for part in self.parts if part not in self.begun.get(n, ())]
         self._feed()
 
     def ready(self) -> None:
@@ -253,7 +274,8 @@ class _Remote:
             self._feed()
             if (found := next((n for n in names if n in self.compiled), None)) is not None:
                 return found
-            if time.monotonic() > deadline or not any(n in self.queue or self._is_at(n) for n in names):
+            queued = {n for n, _ in self.queue}
+            if time.monotonic() > deadline or not any(n in queued or self._is_at(n) for n in names):
                 return None
             time.sleep(0.002)
         return names[0]
@@ -285,16 +307,19 @@ class _Remote:
         return name in self.compiled and hasattr(module, f"prepare_{self.problem.direction}")
 
     def _is_at(self, name: Name) -> bool:
-        return any(c.job == (self, name) for c in self.session._compilers)
+        return any(c.job is not None and c.job[:2] == (self, name) for c in self.session._compilers)
 
     def _compile(self, name: Name) -> str | None:
-        """Wait for a process that compiles it, or have none begin; None, or what went wrong there."""
+        """Wait for processes that compile it, or have none begin; None, or what went wrong there."""
         while self._is_at(name):
             self._feed()
             time.sleep(0.002)
-        if name in self.queue:
-            self.queue.remove(name)
+        self._forget(name)
         return self.compiled.get(name)
+
+    def _forget(self, name: Name) -> None:
+        """Have no more of it compiled."""
+        self.queue = [(n, part) for n, part in self.queue if n != name]
 
     def _ask(self, method: str, timeout: float, **arguments: Any) -> Any:
         """Ask the worker; while it works, keep the compilers fed."""
@@ -312,8 +337,10 @@ class _Remote:
         for c in self.session._compilers:
             late = now > c.deadline
             if c.job is not None and (late or c.worker.ready()):
-                (remote, name), c.job = c.job, None
-                remote.compiled[name] = None
+                (remote, name, part), c.job = c.job, None
+                remote.done.setdefault(name, set()).add(part)
+                if len(remote.done[name]) == len(remote.parts):
+                    remote.compiled.setdefault(name, None)
                 if late or c.warm:
                     # what is ended here would have taken longer
                     remote._times(name).append((1 + late) * (now - c.begun))
@@ -324,18 +351,20 @@ class _Remote:
                     pass  # it says so again where it is judged
                 except Lost as e:
                     remote.compiled[name], c.warm = f"compiling: {e}", False
+                    remote._forget(name)
             while c.job is None and self.queue:
-                name = self.queue.pop(0)
+                name, part = self.queue.pop(0)
                 if now + statistics.median(self._times(name) or [0.0]) > self.until:
-                    continue  # it would be done too late, and in the next search's way
-                c.job, c.begun, c.deadline = (self, name), now, now + COMPILING * self.session.patience
-                backend, config = name[0], dataclasses.asdict(name[1])
-                job = {"backend": backend, "config": config, "gates": self.gates}
+                    self._forget(name)  # it would be done too late, and in the next search's way
+                    continue
+                c.job, c.begun, c.deadline = (self, name, part), now, now + COMPILING * self.session.patience
+                self.begun.setdefault(name, set()).add(part)
+                job = {"backend": name[0], "config": dataclasses.asdict(name[1]), "part": part}
                 c.worker.post("compile", problem=self.problem.key(), **job)
 
     def _times(self, name: Name) -> collections.deque[float]:
-        """How long compiling such a candidate took of late."""
-        return self.session._took.setdefault((name[0], self.gates), collections.deque(maxlen=9))
+        """How long compiling a part of such a candidate took of late."""
+        return self.session._took.setdefault(name[0], collections.deque(maxlen=9))
 
 
 def _choices(result: tuner.Result) -> list[dict[str, Any]]:

@@ -278,7 +278,7 @@ def test_a_tuning_compiles_ahead_what_its_trial_launches(name, direction, monkey
     compiled = []
     monkeypatch.setattr(backend, "_compile", recorder(compiled))
     monkeypatch.setattr(backend, "supports", lambda problem: None)
-    trials.Bench("selective_scan", "cpu").compile(problem.key(), "triton", dataclasses.asdict(config), gates=False)
+    trials.Bench("selective_scan", "cpu").compile(problem.key(), "triton", dataclasses.asdict(config), part=-1)
 
     def specialised(recorded):
         def of(value):

@@ -206,6 +206,12 @@ def gates(problem: Problem) -> list[tuple[Case, Problem]]:
     ]  # fmt: skip
 
 
+def opposite(problem: Problem) -> Problem | None:
+    """The problem whose kernels take part in judging this one's: of the other direction, if there is one."""
+    other = "backward" if problem.direction == "forward" else "forward"
+    return dataclasses.replace(problem, direction=other) if problem.checkpoint else None
+
+
 class Posed(NamedTuple):
     """A problem's tensors as a backend gets them."""
 
