@@ -2,13 +2,14 @@
 
 A cell is a case, a use and a backend. What two measurements of a cell differ by has two parts: the scatter of samples,
 which each timing knows (``error_s``), and what changes between one measurement and the next though nothing did:
-clocks, addresses, what else runs. The second is estimated from ``passes``, over all cells of both reports together:
-every report measures each cell twice, some time apart.
+clocks, addresses, what else runs. The second is estimated from ``passes``, over all of a backend's cells in both
+reports together: every report measures each cell twice, some time apart. A loop of launches is not as steady as a kernel.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from typing import Any
@@ -21,6 +22,7 @@ MATTERS = 0.005  # relative: a difference that is surely there, but smaller, is 
 TOLERATED = 0.03  # a change of this size would have been seen, or the cell is ambiguous
 LEAST_NOISE = 0.002  # relative: what two measurements differ by at least, however alike the passes were
 UNKNOWN_NOISE = 0.01  # where no cell was measured twice
+ENOUGH = 5  # pairs of measurements that tell a backend's noise; with fewer it is taken to be that of all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +50,24 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Cell]:
     shared = [key for key in before if key in after]
     if not shared:
         raise ValueError("the reports have timed no case in common")
-    noise = between([r for cells in (before, after) for r in cells.values()])
-    return [_cell(key, before[key], after[key], noise) for key in shared]
+    noise = between([*before.values(), *after.values()])
+    return [_cell(key, before[key], after[key], noise[key[2]]) for key in shared]
 
 
-def between(records: list[dict[str, Any]]) -> float:
-    """Relative deviation of one measurement of a cell from another, from all cells that were measured twice.
+def between(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each backend: relative deviation of one measurement of a cell from another, from those measured twice.
 
     By the median, so that cells in which something happened do not set it for the others.
     """
-    apart = [abs(math.log(a / b)) for r in records if len(r.get("passes", ())) > 1
-             for a, b in zip(r["passes"], r["passes"][1:], strict=False)]  # fmt: skip
+    apart: dict[str, list[float]] = {r["runner"]: [] for r in records}
+    for r in records:
+        passes = r.get("passes", ())
+        apart[r["runner"]] += [abs(math.log(a / b)) for a, b in itertools.pairwise(passes)]
+    everyone = [d for of_one in apart.values() for d in of_one]
+    return {backend: _deviation(own if len(own) >= ENOUGH else everyone) for backend, own in apart.items()}
+
+
+def _deviation(apart: list[float]) -> float:
     if not apart:
         return UNKNOWN_NOISE
     # the median of |difference| of two normal deviates is 0.6745 sqrt(2) of their deviation

@@ -25,15 +25,18 @@ def sampled(random, true_s, noise, scatter=0.004, samples=40):
     return timer._timing(list(times), "simulated", "enough")
 
 
-def simulated(random, noise, factor=lambda cell: 1.0):
-    """A report of ``CELLS`` cells, each measured twice; all of a run share a small offset, as a clock gives them."""
+def simulated(random, noise, factor=lambda cell: 1.0, loud=lambda cell: False):
+    """A report of ``CELLS`` cells, each measured twice; all of a run share a small offset, as a clock gives them.
+
+    Those that are ``loud`` are another backend's, and ten times as noisy.
+    """
     shared = 1 + 0.3 * noise * random.standard_normal()
     cases = []
     for cell in range(CELLS):
         true_s = 1e-4 * 1.2**cell * factor(cell) * shared
         records = [
-            {"runner": "cuda", "kind": "backend", "use": "inference"}
-            | dataclasses.asdict(sampled(random, true_s, noise)) for _ in range(2)
+            {"runner": "chunked" if loud(cell) else "cuda", "kind": "backend", "use": "inference"}
+            | dataclasses.asdict(sampled(random, true_s, noise * (10 if loud(cell) else 1))) for _ in range(2)
         ]  # fmt: skip
         cases.append({"name": f"{cell}", "title": f"case {cell}", "results": [measure.merged(*records)]})
     return {"device": {"name": "simulated"}, "date": "2026-11-25", "cases": cases}
@@ -64,6 +67,19 @@ def test_a_planted_slowdown_is_found_in_nineteen_cells_of_twenty(noise, everywhe
     others = [v for i, v in enumerate(found) if not touched[i % CELLS]]
     assert slowed.count(SLOW) / len(slowed) >= 0.95
     assert not others or others.count(SLOW) / len(others) <= 0.05
+
+
+def test_a_noisy_backend_is_not_taken_for_as_quiet_as_the_others_nor_they_for_it():
+    random, loud, found = np.random.default_rng(6), lambda cell: cell % 4 == 0, {}
+    for planted in (1.0, 1.03):
+        for _ in range(RUNS):
+            runs = [simulated(random, 0.003, lambda cell, by=by: by, loud) for by in (1.0, planted)]
+            for c in compare.compare(*runs):
+                found.setdefault((c.backend, planted), []).append(c.verdict)
+    for backend in ("cuda", "chunked"):
+        same = found[backend, 1.0]
+        assert (same.count(FAST) + same.count(SLOW)) / len(same) <= 0.05, backend
+    assert found["cuda", 1.03].count(SLOW) / len(found["cuda", 1.03]) >= 0.95
 
 
 def test_a_speed_up_is_found_as_well():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PLANTED, WRONG = 0.03, 0.05  # a slowdown that must be found, and the share of cells that may be misjudged
 ROUNDS = 2  # of equal code, equal code again, and slowed-down code
-LEAST_CALLS = 4  # in a measurement: of slower ones nothing can be told
+LEAST_CALLS = 10  # in a measurement: the scatter of fewer does not tell how far their median may be off
 
 
 def show(old: dict[str, Any], new: dict[str, Any], out: Console) -> int:
@@ -117,7 +117,8 @@ def self_check(device: Device, seconds: float, root: Path, about: dict[str, str]
     for words, kind, wrong in (("of equal code, called different", "same", differ),
                                (f"slowed down by {100 * PLANTED:.0f} %, not found", "planted", missed)):  # fmt: skip
         out.print(f"{words}: {len(wrong)} of {len(found[kind])} cells")
-    out.print(f"two measurements of equal code differ by {100 * noise:.2f} % (standard deviation)")
+    for name, share in noise.items():
+        out.print(f"two measurements of equal code differ by {100 * share:.2f} % with {name} (standard deviation)")
     out.print(f"written: {target}", markup=False)
     return int(max(shares.values()) > WRONG)
 
