@@ -3,7 +3,7 @@
 A cell is a case, a use and a backend. What two measurements of a cell differ by has two parts: the scatter of samples,
 which each timing knows (``error_s``), and what changes between one measurement and the next though nothing did:
 clocks, addresses, what else runs. The second is estimated from ``passes``, over all of a backend's cells in both
-reports together: every report measures each cell twice, some time apart. A loop of launches is less steady than a kernel.
+reports together: every report measures each cell twice, some time apart. A loop of launches is less steady than one.
 """
 
 from __future__ import annotations
