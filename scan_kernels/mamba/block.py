@@ -150,15 +150,17 @@ class Mamba(nn.Module):
 
         # every tensor from here to out_proj is dim-contiguous, so the projections and the scan use it as it lies
         x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
-        u, conv = causal_conv1d(
+        u: Any = causal_conv1d(
             x,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             initial_state=None if cache is None else cache.conv,
             cu_seqlens=cu_seqlens,
             activation="silu",
-            return_last_state=True,
+            return_last_state=cache is not None,
         )
+        if cache is not None:
+            u, conv = u
         delta, B, C = (t.transpose(1, 2) for t in self._selection(u.transpose(1, 2)))
         y: Any = selective_scan(
             u,

@@ -48,7 +48,6 @@ def causal_conv1d(
     zeros = tail if initial_state is None and cu_seqlens is None else 0
     if cu_seqlens is None:
         padded = steps if zeros else torch.cat([before, steps], dim=1)
-        last = torch.cat([before, steps[:, -tail:]], dim=1)[:, -tail:] if tail else before
     else:
         time, row = torch.arange(length, device=x.device), torch.arange(rows, device=x.device)
         offsets = cu_seqlens.long().clamp(0, length)
@@ -57,15 +56,21 @@ def causal_conv1d(
         place = time + (owner + 1) * tail
         past = (starts + row * tail)[:, None] + torch.arange(tail, device=x.device)
         padded = steps.new_zeros(length + rows * tail, dim).index_copy(0, place, steps[0])
-        padded = padded.index_copy(0, past.flatten(), before.flatten(0, 1))
-        last = padded[past + (stops - starts)[:, None]]
-        padded = padded[None]
+        padded = padded.index_copy(0, past.flatten(), before.flatten(0, 1))[None]
 
     out = _convolve(padded, weight, bias, zeros, activation == "silu")
     if cu_seqlens is not None:
         out = out[:, place - tail]
     out = out.transpose(1, 2)
-    return (out, last.transpose(1, 2)) if return_last_state else out
+    if not return_last_state:
+        return out
+    if cu_seqlens is not None:
+        last = padded[0, past + (stops - starts)[:, None]]
+    elif zeros:
+        last = torch.cat([before, steps[:, -tail:]], dim=1)[:, -tail:]
+    else:
+        last = padded[:, length:]
+    return out, last.transpose(1, 2)
 
 
 def selective_state_update(
