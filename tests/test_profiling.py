@@ -1311,5 +1311,8 @@ def test_a_report_may_be_compared_with_the_one_before(small_world, tmp_path, cap
     said = capsys.readouterr().out
     counts = re.search(r"(\d+) FAST, (\d+) SAME, (\d+) SLOW, (\d+) AMBIGUOUS", said)
     assert sum(map(int, counts.groups())) == 3 * 3  # cases, uses
-    assert main(["report", "--from", str(before), "--out", str(tmp_path / "drawn")]) == 0
-    assert (tmp_path / "drawn" / CPU.slug / "report.html").is_file()
+    (folder / "report.html").unlink()
+    for k, source in enumerate((before, folder / "report.json")):
+        assert main(["report", "--from", str(source), "--out", str(tmp_path / f"drawn{k}")]) == 0
+        assert (tmp_path / f"drawn{k}" / CPU.slug / "report.html").is_file()
+    assert not (folder / "report.html").exists()

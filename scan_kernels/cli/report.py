@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..profiling.device import Device
 
 SECONDS, PEER_SECONDS = 0.2, 20.0
+OUT = Path("bench_reports")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", action="store_true", help="tune the shapes of the report first")
     parser.add_argument("--full", action="store_true", help="twice as many sizes in the scaling plots")
     parser.add_argument("--resume", action="store_true", help="go on with the report that was interrupted")
-    parser.add_argument("--out", default="bench_reports", metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {OUT}, or with --from beside the JSON")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, metavar="N", help="time spent on a measurement (default: %(default)s)"
     )
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         if not (math.isfinite(value) and value > 0):
             raise BadArgument(f"{option}: expected a number above 0, got {value}")
     if args.source:
-        return _draw_again(Path(args.source), Path(args.out), console())
+        return _draw_again(Path(args.source), args.out, console())
+    args.out = args.out or OUT
     if args.compare and len(args.compare) > 2:
         raise BadArgument(f"--compare: expected OLD [NEW], got {len(args.compare)} files")
     old = _load("--compare", args.compare[0]) if args.compare else None
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if args.self_check:
         about = {"command": _command(args), "date": _now()}
-        return self_check(device, args.seconds, Path(args.out), about, console())
+        return self_check(device, args.seconds, args.out, about, console())
     status, record = _figure8(args, device) if args.figure8 else _report(args, device)
     if old is None or status == 130:
         return status
@@ -84,7 +86,7 @@ def _report(args: argparse.Namespace, device: Device) -> tuple[int, dict[str, An
         read = text.activations(path, device)
     except ValueError as e:
         raise BadArgument(f"--text: {e}") from None
-    out, root, op = console(), Path(args.out), find_op("selective_scan")
+    out, root, op = console(), args.out, find_op("selective_scan")
     folder = root / device.slug
     record = _begun(args, device, folder)
     if args.tune and _tune(device) == 130:
@@ -119,7 +121,7 @@ def _figure8(args: argparse.Namespace, device: Device) -> tuple[int, dict[str, A
     from ..profiling import report as pages
     from ..selective_scan import selective_scan
 
-    out, root, op = console(), Path(args.out), find_op("selective_scan")
+    out, root, op = console(), args.out, find_op("selective_scan")
     folder = root / device.slug
     record = _kept(folder) or _record(args, device)
     axis, dtype = sweep.FIGURE[device.kind], sweep.DTYPE[device.kind]
@@ -258,12 +260,13 @@ def _load(option: str, path: str) -> dict[str, Any]:
         raise BadArgument(f"{option}: {e}") from None
 
 
-def _draw_again(source: Path, root: Path, out: Console) -> int:
-    """The page and pictures of a report.json, and the index above it: beside it, or under --out."""
+def _draw_again(source: Path, root: Path | None, out: Console) -> int:
+    """The page and pictures of a report, and the index above them: beside a report.json, or under ``root``."""
     from ..profiling import report as pages
 
     record = _load("--from", str(source))
-    folder = source.parent if source.name == "report.json" else root / record["device"]["slug"]
+    beside = root is None and source.name == "report.json"  # another name is not the page's own record
+    folder = source.parent if beside else (root or OUT) / record["device"]["slug"]
     pages.save(record, folder)
     page = pages.render(record, folder)
     out.print(f"written: {page}, {pages.index(folder.parent)}", markup=False)
