@@ -1,4 +1,4 @@
-"""On a GPU: compute-sanitizer on a call of every family of variants of the CUDA kernels.
+"""On a GPU: compute-sanitizer on a call of every family of variants of the CUDA kernels, and on the block's in Triton.
 
 ``compute-sanitizer --tool memcheck python tests/test_sanitizer.py memcheck`` runs the calls alone.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from scan_kernels import cuda_module, selective_scan
+from scan_kernels import Mamba, cuda_module, selective_scan
 from scan_kernels.selective_scan.backends import cuda
 from scan_kernels.selective_scan.backends.cuda import Config
 from scan_kernels.selective_scan.cases import Case
@@ -67,6 +67,11 @@ def main(tool: str) -> None:
         selective_scan(**t, backend="cuda", config=configs or None, deterministic=deterministic).backward(dout)
         torch.cuda.synchronize()
         print(name, float(t["u"].grad.float().abs().sum()), flush=True)
+    mamba, x = Mamba(44, device="cuda"), torch.randn(2, 150, 44, device="cuda", requires_grad=True)
+    mamba(x).sum().backward()
+    mamba.step(x[:, :1], mamba.allocate_cache(2))
+    torch.cuda.synchronize()
+    print("block", float(x.grad.abs().sum()), flush=True)
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -76,7 +81,7 @@ def test_nothing_is_found(tool):
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-4000:]
     assert re.search(r"SUMMARY: 0 (errors|hazards)", said), said[-4000:]
-    assert all(f"{name} " in done.stdout for name in CALLS), said[-4000:]
+    assert all(f"{name} " in done.stdout for name in (*CALLS, "block")), said[-4000:]
 
 
 if __name__ == "__main__":
