@@ -53,7 +53,10 @@ class Runner(Protocol):
     """What judges and times candidates. Errors of all its methods: worker.Failed and worker.Lost."""
 
     def expect(self, names: Sequence[Name]) -> None:
-        """These will be asked for, in this order: a hint, to compile them meanwhile."""
+        """These will be asked for next, in this order, before what else is expected: a hint, to compile them meanwhile.
+
+        None of them: nothing else will be asked for.
+        """
 
     def next(self, names: Sequence[Name], patience: float) -> Name | None:
         """Which of these to look at next; None if it takes more than so many seconds until one is compiled."""

@@ -93,7 +93,9 @@ class Session:
         for c in self._compilers:
             c.deadline = min(c.deadline, c.begun + LEFTOVER_S)
         ahead = self._opposite(problem)
-        remote.expect(names)
+        # one of each backend first: what takes long to compile is asked for last, and would come too late
+        firsts = [next(n for n in names if n[0] == backend) for backend in dict.fromkeys(n[0] for n in names)]
+        remote.expect([*dict.fromkeys([*firsts, *names])])
         self._worker.start()
         begin = time.perf_counter()
         remote.until = time.monotonic() + tuner.LOOKS * budget
@@ -257,10 +259,12 @@ class _Remote:
         self.trusted: tuple[str, dict[str, Any]] | None = None  # the first that passed, whichever worker judged it
 
     def expect(self, names: Sequence[Name]) -> None:
-        self.queue.clear()
+        asked = []
         if self.session._compilers:
             left = [n for n in names if n not in self.compiled]
-            self.queue += [(n, part) for n in left for part in self.parts if part not in self.begun.get(n, ())]
+            asked = [(n, part) for n in left for part in self.parts if part not in self.begun.get(n, ())]
+        others = dict.fromkeys(self.queue if names else ())
+        self.queue = list(dict.fromkeys(asked) | others)
         self._feed()
 
     def ready(self) -> None:

@@ -183,6 +183,25 @@ def test_a_search_does_not_wait_for_what_an_earlier_one_had_compiled(monkeypatch
     assert compiled.isdisjoint({pid for what, *_, pid in log if what == "ran"} | {str(busy)})
 
 
+def test_what_is_asked_for_is_compiled_next_and_the_rest_after_it():
+    busy = types.SimpleNamespace(
+        job=("another's", "job", 0), deadline=float("inf"), worker=types.SimpleNamespace(ready=bool)
+    )
+    session = types.SimpleNamespace(op=OP, _compilers=[busy])
+    remote = tuning._Remote(session, CASE.used("inference"), gates=False)
+    names = [("a", 0), ("b", 0), ("a", 1), ("a", 2)]
+    remote.expect(names)
+    remote.expect([("a", 2), ("a", 1)])
+    assert [n for n, _ in remote.queue] == [("a", 2), ("a", 1), ("a", 0), ("b", 0)]
+    remote.begun[("a", 2)] = {-1}
+    remote.compiled[("a", 0)] = None
+    remote.queue = remote.queue[1:]
+    remote.expect(names)
+    assert [n for n, _ in remote.queue][:2] == [("b", 0), ("a", 1)]
+    remote.expect([])
+    assert not remote.queue
+
+
 def test_what_would_be_compiled_too_late_is_not_begun(monkeypatch, tmp_path):
     monkeypatch.setenv("FAULTS_LOG", str(tmp_path))
     monkeypatch.setitem(OP.__dict__, "backends", {"slow": slow_to_compile(count=6)})
