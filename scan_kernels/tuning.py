@@ -60,7 +60,7 @@ class Session:
         where = str(device.torch)
         self._worker = Worker(bench, preload=True, op=op.name, device=where)
         self._compilers = [_Compiler(Worker(bench, preload=True, op=op.name, device=where)) for _ in range(compilers)]
-        self._took: dict[str, collections.deque[float]] = {}
+        self._took: dict[tuple[str, bool], collections.deque[float]] = {}  # by backend, and whether in parts
         self._winners = _earlier_winners(op, device)
 
     def __enter__(self) -> Session:
@@ -89,12 +89,12 @@ class Session:
         Errors: BackendUnavailable where none, or not one of ``backends``, can run the problem.
         """
         names, default, keep = self._candidates(problem, backends)
-        remote = _Remote(self, problem, gates=not finalists_only)
+        # what the search waits for first, and one of each backend, for what takes long to compile is asked for last
+        firsts = [next(n for n in names if n[0] == backend) for backend in dict.fromkeys(n[0] for n in names)]
+        remote = _Remote(self, problem, gates=not finalists_only, apart=firsts)
         for c in self._compilers:
             c.deadline = min(c.deadline, c.begun + LEFTOVER_S)
         ahead = self._opposite(problem)
-        # one of each backend first: what takes long to compile is asked for last, and would come too late
-        firsts = [next(n for n in names if n[0] == backend) for backend in dict.fromkeys(n[0] for n in names)]
         remote.expect([*dict.fromkeys([*firsts, *names])])
         self._worker.start()
         begin = time.perf_counter()
@@ -164,8 +164,9 @@ class Session:
         other = self.op.cases.opposite(problem)
         if other is None or not self._compilers:
             return lambda: None
-        choice, remote = self.op.resolve(other, self.device.torch), _Remote(self, other)
+        choice = self.op.resolve(other, self.device.torch)
         name = choice.backend, choice.config
+        remote = _Remote(self, other, apart=[name])
         remote.expect([name])
         return lambda: remote._compile(name)
 
@@ -237,23 +238,23 @@ class _Compiler:
 
     def __init__(self, worker: Worker):
         self.worker = worker
-        self.job: tuple[_Remote, Name, int] | None = None
+        self.job: tuple[_Remote, Name, int | None] | None = None
         self.begun = self.deadline = 0.0
         self.warm = False  # the first job of a process also waits for its libraries and its context on the device
 
 
 class _Remote:
-    """The tuner's Runner for one problem: asks the session's processes. gates: compile ahead what judging takes.
+    """The tuner's Runner for one problem: asks the session's processes.
 
-    A candidate is compiled in parts, of which each input of the gate is one, at the same time where processes are free.
+    gates: compile ahead what judging takes. apart: candidates of which each input of the gate is compiled by a process
+    of its own; it is sooner done, but kernels that inputs share are then compiled several times.
     """
 
-    def __init__(self, session: Session, problem: Any, gates: bool = True):
-        self.session, self.problem, self.gates = session, problem, gates
-        self.parts = [-1, *range(len(session.op.cases.gates(problem)) if gates else 0)]  # as ``Bench.compile`` counts
-        self.queue: list[tuple[Name, int]] = []
-        self.begun: dict[Name, set[int]] = {}
-        self.done: dict[Name, set[int]] = {}
+    def __init__(self, session: Session, problem: Any, gates: bool = True, apart: Sequence[Name] = ()):
+        self.session, self.problem, self.gates, self.apart = session, problem, gates, apart
+        self.queue: list[tuple[Name, int | None]] = []
+        self.begun: dict[Name, set[int | None]] = {}
+        self.done: dict[Name, set[int | None]] = {}
         self.until = math.inf  # what is not compiled by then is not looked at
         self.compiled: dict[Name, str | None] = {}  # None, or what went wrong; a name that is not here was not begun
         self.trusted: tuple[str, dict[str, Any]] | None = None  # the first that passed, whichever worker judged it
@@ -262,10 +263,16 @@ class _Remote:
         asked = []
         if self.session._compilers:
             left = [n for n in names if n not in self.compiled]
-            asked = [(n, part) for n in left for part in self.parts if part not in self.begun.get(n, ())]
+            asked = [(n, part) for n in left for part in self._parts(n) if part not in self.begun.get(n, ())]
         others = dict.fromkeys(self.queue if names else ())
         self.queue = list(dict.fromkeys(asked) | others)
         self._feed()
+
+    def _parts(self, name: Name) -> list[int | None]:
+        """What is compiled of it in one go, as ``Bench.compile`` has it."""
+        if not self.gates:
+            return [-1]
+        return [-1, *range(len(self.session.op.cases.gates(self.problem)))] if name in self.apart else [None]
 
     def ready(self) -> None:
         """Have made what all candidates share, also in a worker that took a lost one's place."""
@@ -343,11 +350,11 @@ class _Remote:
             if c.job is not None and (late or c.worker.ready()):
                 (remote, name, part), c.job = c.job, None
                 remote.done.setdefault(name, set()).add(part)
-                if len(remote.done[name]) == len(remote.parts):
+                if len(remote.done[name]) == len(remote._parts(name)):
                     remote.compiled.setdefault(name, None)
                 if late or c.warm:
                     # what is ended here would have taken longer
-                    remote._times(name).append((1 + late) * (now - c.begun))
+                    remote._times(name, part).append((1 + late) * (now - c.begun))
                 c.warm = True
                 try:
                     c.worker.receive(0.0 if late else 1.0)
@@ -358,7 +365,7 @@ class _Remote:
                     remote._forget(name)
             while c.job is None and self.queue:
                 name, part = self.queue.pop(0)
-                if now + statistics.median(self._times(name) or [0.0]) > self.until:
+                if now + statistics.median(self._times(name, part) or [0.0]) > self.until:
                     self._forget(name)  # it would be done too late, and in the next search's way
                     continue
                 c.job, c.begun, c.deadline = (self, name, part), now, now + COMPILING * self.session.patience
@@ -366,9 +373,9 @@ class _Remote:
                 job = {"backend": name[0], "config": dataclasses.asdict(name[1]), "part": part}
                 c.worker.post("compile", problem=self.problem.key(), **job)
 
-    def _times(self, name: Name) -> collections.deque[float]:
-        """How long compiling a part of such a candidate took of late."""
-        return self.session._took.setdefault(name[0], collections.deque(maxlen=9))
+    def _times(self, name: Name, part: int | None) -> collections.deque[float]:
+        """How long compiling such a candidate, or such a part of one, took of late."""
+        return self.session._took.setdefault((name[0], part is not None), collections.deque(maxlen=9))
 
 
 def _choices(result: tuner.Result) -> list[dict[str, Any]]:

@@ -207,7 +207,8 @@ def test_what_would_be_compiled_too_late_is_not_begun(monkeypatch, tmp_path):
     monkeypatch.setitem(OP.__dict__, "backends", {"slow": slow_to_compile(count=6)})
     with tuning.Session(OP, CPU, compilers=1, bench="faults:FaultyBench") as session:
         for took, budget, unseen in ((100.0, 20.0, 5), (0.1, 20.0, 0), (100.0, tuning.BUDGETS["full"], 0)):
-            session._took["slow"] = collections.deque([took])
+            for in_parts in (True, False):
+                session._took["slow", in_parts] = collections.deque([took])
             result = session.tune(CASE.used("inference"), budget)
             assert (result.unseen, len(result.trials)) == (unseen, 6 - unseen)
             assert result.winner is not None
