@@ -94,12 +94,14 @@ class Session:
         remote = _Remote(self, problem, gates=not finalists_only, apart=firsts)
         for c in self._compilers:
             c.deadline = min(c.deadline, c.begun + LEFTOVER_S)
-        ahead = self._opposite(problem)
+        opposite = self._opposite(problem)
         remote.expect([*dict.fromkeys([*firsts, *names])])
         self._worker.start()
         begin = time.perf_counter()
         remote.until = time.monotonic() + tuner.LOOKS * budget
-        ahead()
+        while opposite():
+            remote._feed()
+            time.sleep(0.002)
         with contextlib.suppress(Failed, Lost):  # each candidate says so for itself
             remote.ready()
         seconds = min(budget, 60.0)
@@ -159,16 +161,16 @@ class Session:
         store.keep(entry)
         return entry
 
-    def _opposite(self, problem: Any) -> Callable[[], object]:
-        """Have the default of the other direction compiled, if it takes part in judging; a call that waits for it."""
+    def _opposite(self, problem: Any) -> Callable[[], bool]:
+        """Have the default of the other direction compiled, if it takes part in judging; says if that goes on still."""
         other = self.op.cases.opposite(problem)
         if other is None or not self._compilers:
-            return lambda: None
+            return lambda: False
         choice = self.op.resolve(other, self.device.torch)
         name = choice.backend, choice.config
         remote = _Remote(self, other, apart=[name])
         remote.expect([name])
-        return lambda: remote._compile(name)
+        return lambda: remote._is_at(name)
 
     def _clocks(self) -> dict[str, int]:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import plain
@@ -33,8 +34,8 @@ def causal_conv1d(
     oldest first. With cu_seqlens (sequences + 1,) batch is 1 and row i is steps cu_seqlens[i] .. cu_seqlens[i+1];
     otherwise rows are batch entries.
     Returns: out, shaped like x, in its dtype, dim-contiguous; with ``return_last_state`` also the initial_state with
-    which each row would go on. Sums are float32. Both carry gradients;
-    by the kernels no second ones, and those of the weight and the bias repeat bit by bit.
+    which each row would go on. Sums are float32. Both carry gradients; by the kernels no second ones, and those of the
+    weight and the bias repeat bit by bit.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation: expected None or 'silu', got {activation!r}")
@@ -42,12 +43,16 @@ def causal_conv1d(
     tail = weight.shape[1] - 1
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     steps = x.transpose(1, 2)  # channels innermost: what the projections around the convolution read and write
-    before = steps.new_zeros(rows, tail, dim) if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
-
     # `padded` gives every row its own `tail` steps of past, but for zeros before the first, which need no memory
-    zeros = tail if initial_state is None and cu_seqlens is None else 0
-    if cu_seqlens is None:
-        padded = steps if zeros else torch.cat([before, steps], dim=1)
+    fresh = initial_state is None and cu_seqlens is None
+    if initial_state is not None:
+        before = initial_state.transpose(1, 2).to(x.dtype)
+    elif not fresh:
+        before = steps.new_zeros(rows, tail, dim)
+    if fresh:
+        padded = steps
+    elif cu_seqlens is None:
+        padded = torch.cat([before, steps], dim=1)
     else:
         time, row = torch.arange(length, device=x.device), torch.arange(rows, device=x.device)
         offsets = cu_seqlens.long().clamp(0, length)
@@ -58,7 +63,7 @@ def causal_conv1d(
         padded = steps.new_zeros(length + rows * tail, dim).index_copy(0, place, steps[0])
         padded = padded.index_copy(0, past.flatten(), before.flatten(0, 1))[None]
 
-    out = _convolve(padded, weight, bias, zeros, activation == "silu")
+    out = _convolve(padded, weight, bias, tail if fresh else 0, activation == "silu")
     if cu_seqlens is not None:
         out = out[:, place - tail]
     out = out.transpose(1, 2)
@@ -66,8 +71,8 @@ def causal_conv1d(
         return out
     if cu_seqlens is not None:
         last = padded[0, past + (stops - starts)[:, None]]
-    elif zeros:
-        last = torch.cat([before, steps[:, -tail:]], dim=1)[:, -tail:]
+    elif fresh:
+        last = F.pad(steps[:, max(0, length - tail) :], (0, 0, max(0, tail - length), 0))
     else:
         last = padded[:, length:]
     return out, last.transpose(1, 2)
