@@ -57,6 +57,12 @@ def wrong(case: Case, forward: Config, backward: Config | None, **fields) -> lis
 
 CASES = {
     "forward bf16": (Config(2, 4, 32), None, {"dtype": "bfloat16"}),
+    "forward of whole vectors": (Config(2, 2, 32), None, {"dtype": "bfloat16", "length": 88}),
+    "forward of whole vectors, fp32": (Config(4, 2, 32), None, {"length": 76}),
+    "forward of a lane for a channel": (Config(1, 2, 32), None, {"state": 8, "dtype": "bfloat16", "length": 72}),
+    "forward of a lane for a channel, unaligned": (Config(1, 1, 32), None, {"state": 3, "length": 61}),
+    "forward across channels": (Config(2, 2, 32), None, {"dtype": "float16", "layout": "dim", "length": 77}),
+    "forward of 16 states a lane": (Config(4, 4, 32), None, {"state": 64, "dtype": "bfloat16", "layout": "dim"}),
     "forward cut": (Config(2, 2, 32, splits=3), None, {"layout": "dim"}),
     "forward by polynomials": (Config(2, 2, 32, polynomial=8), None, {"dtype": "bfloat16", "special": "underflow"}),
     "forward by polynomials, NaN": (Config(2, 2, 32, polynomial=8), None, {"dtype": "float16", "special": "nan_u"}),

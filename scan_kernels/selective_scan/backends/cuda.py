@@ -137,6 +137,8 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     per = _ceil(problem.state, config.lanes)
     projection = config.tile * 4 * (_ceil(per * config.lanes, 4) + 1)
     tile = config.per_warp * (config.tile + 4)
+    if problem.layout == "dim":
+        tile += (config.per_warp // 8 - (config.per_warp >= 8)) * _skew(problem, config)
     raw = 32 * _ceil(config.own * ITEMSIZE[problem.dtype], 4)
     if problem.direction == "forward" or mode != SCAN:
         tiles = (mode != ADJOINT and not problem.constant_B) + (mode in (SCAN, ADJOINT) and not problem.constant_C)
@@ -168,6 +170,19 @@ def shared_bytes(problem: Problem, config: Config, mode: int = SCAN) -> int:
     return 144 + _ceil(8 * config.groups * config.warps, 16) * 16 + config.groups * group + config.warps * warp
 
 
+def _own_channels(problem: Problem, config: Config) -> int:
+    """Forward: channels that a lane loads and stores of its warp's."""
+    item = ITEMSIZE[problem.dtype]
+    if problem.layout == "length":
+        return 2 if config.per_warp == 32 and config.own * item > 16 else 1
+    return min(16 // item, config.per_warp, config.own)
+
+
+def _skew(problem: Problem, config: Config) -> int:
+    """Forward: floats by which every further eight channels of a tile are shifted."""
+    return 512 // (config.per_warp * ITEMSIZE[problem.dtype]) if config.per_warp > 8 else 0
+
+
 def _batch(problem: Problem, config: Config) -> int:
     """Groups of channels of the backward that share lines of channel-contiguous memory."""
     if problem.layout == "length":
@@ -178,8 +193,7 @@ def _batch(problem: Problem, config: Config) -> int:
 def valid(problem: Problem, device: Any, config: Config) -> bool:
     per = _ceil(problem.state, config.lanes)
     if problem.direction == "forward":
-        pairs = problem.layout == "dim" and ITEMSIZE[problem.dtype] == 2 and config.own >= 2 and config.per_warp >= 2
-        if config.tile % 16 or per > 16 or config.own // (1 + pairs) > config.tile:
+        if config.tile % 16 or per > 16 or config.own // _own_channels(problem, config) > config.tile:
             return False
         if config.relay:
             shares = config.warps % config.groups == 0 and config.warps >= 2 * config.groups
@@ -205,7 +219,10 @@ def _forward(problem: Problem, lanes: int, warps: int = 4, tile: int = 32, split
     """A forward configuration with as many blocks a multiprocessor as its registers allow without spilling."""
     per = _ceil(problem.state, lanes)
     many = per > 4 and (problem.state > 64 or problem.dtype == "float32") and warps < 8
-    warps_held = 8 if per > 8 or lanes == 1 else 12 if many else 16 if per > 4 or problem.dtype == "float32" else 20
+    if lanes == 1 or (per > 8 and problem.dtype == "float32"):
+        warps_held = 8
+    else:
+        warps_held = 12 if many and per <= 8 else 16 if per > 4 or problem.dtype == "float32" else 20
     return Config(lanes, warps, tile, blocks=max(1, warps_held // warps), splits=splits)
 
 
@@ -231,13 +248,14 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     channels = problem.rows * problem.dim
     most = min(32, _power_of_two(problem.state))
     least = min(most, max(1, _power_of_two(_ceil(problem.state, 8))))
+    fewest = 2 if 4 < problem.state <= 8 else least  # a lane alone with a channel takes the registers of two
     longest = max(1, int(_row_length(problem) // 256))
     # enough lanes to keep every scheduler busy: so many warps a multiprocessor, up to so many times the fewest lanes.
     # Many states give a lane so much to do at once that fewer warps suffice, and then sums over lanes cost more.
     busy = 5.5 if problem.state > 64 else 7.5 if problem.state > 16 or problem.layout == "dim" else 9.5
     wanted = busy * device.units * 32
     further = 4 if problem.state <= 32 else 2
-    lanes = least
+    lanes = fewest
     while lanes < min(most, further * least) and channels * lanes < wanted:
         lanes *= 2
     relays = _relays(problem, device) if most >= 4 and lanes > least and longest > 1 else []
@@ -254,7 +272,7 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
 
     if channels * lanes < 0.8 * wanted and longest > 1:
         # too few channels even so: cut time, at the cost of a second, state-only pass
-        lanes = least
+        lanes = fewest
         config = make(lanes, sizes[0])
         count = problem.rows * _block_count(problem, config)
         # parts follow one another where the states that enter them are found
@@ -268,6 +286,10 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
         lanes, sizes = (wide[0], (16, 8, 4)) if wide else (lanes, sizes)
     first = make(lanes, sizes[0], splits)
     found = [first]
+    if problem.state > 32 and problem.dtype != "float32" and splits == 1:
+        # twice the states a lane: half of what is loaded of B and C, and fewer sums, but coarser blocks
+        broad = [make(least // 2, warps) for warps in ((4,) if problem.state <= 64 else (16, 12))]
+        found = sorted([first, *broad], key=lambda config: _forward_time(problem, config, device.units))
     fifth = dataclasses.replace(first, blocks=5)
     slim = problem.state == 16 and problem.dtype != "float32" and problem.layout == "length" and first.blocks == 4
     if slim and 5 * (shared_bytes(problem, fifth) + 1024) <= device.shared_memory + 1024:
@@ -292,14 +314,20 @@ def _fills(problem: Problem, config: Config, units: int) -> bool:
 
 
 def _forward_time(problem: Problem, config: Config, units: int) -> float:
-    """An estimate of a forward's time with so many lanes, in no unit; fitted to 128 and 256 states on an H200."""
+    """An estimate of a forward's time, in no unit; fitted to 64, 128 and 256 states on an H200."""
     each = _ceil(problem.rows * _block_count(problem, config), units)  # blocks of a multiprocessor, some at a time
     full, rest = divmod(each, config.blocks)
 
-    def taken(blocks: int) -> float:  # 16 warps keep it busy
-        return blocks * config.channels / min(1.0, blocks * config.warps / 16) ** 0.6 if blocks else 0.0
+    broad = _ceil(problem.state, config.lanes) > 8
+    # with as many states, what a lane's twofold work leaves of the time
+    worth = (0.93 if problem.state <= 64 else 0.9 if problem.state <= 128 else 0.68) if broad else 1.0
 
-    return (full * taken(config.blocks) + taken(rest)) * (1.2 if config.tile < 32 else 1.0)
+    def taken(blocks: int) -> float:  # 16 warps keep it busy
+        if not blocks:
+            return 0.0
+        return blocks * config.channels / min(1.0, blocks * config.warps / 16) ** (0.3 if broad else 0.6)
+
+    return (full * taken(config.blocks) + taken(rest)) * (1.2 if config.tile < 32 else 1.0) * worth
 
 
 def _backward_configs(problem: Problem, device: Any) -> list[Config]:
@@ -460,11 +488,12 @@ def _kernel(files: tuple[Path, ...], name: str, items: tuple[tuple[str, int], ..
 
 
 def _own_width(problem: Problem, config: Config) -> int:
-    """Elements of a thread's widest single access to u: up to 16 bytes, forward along channels 4 bytes."""
+    """Elements of a thread's widest single access to u: up to 16 bytes."""
     item = ITEMSIZE[problem.dtype]
     if problem.direction == "backward":
         return 16 // item if problem.layout == "dim" else min(config.tile, 16 // item)
-    return min(config.own, (4 if problem.layout == "dim" else 16) // item)
+    own = _own_channels(problem, config)
+    return own if problem.layout == "dim" else min(config.own // own, 16 // item)
 
 
 class Variant(NamedTuple):
@@ -543,9 +572,9 @@ def _describe(
     axis, width = (1 if problem.layout == "dim" else 2), _own_width(problem, config)
     for own in ([first[1]] if first else []) + ([expanding] if expanding else []):
         width = max(width, _own_width(problem, own))
-    # a block starts at its group's first channel, a packed sequence at any step; a row ends with a whole vector
+    # a block starts at its group's first channel, a packed sequence at any step; both end with a whole vector
     if axis == 1:
-        starts = (problem.groups == 1 or problem.dim // problem.groups % width == 0) and config.channels % width == 0
+        starts = problem.dim // problem.groups % width == 0 and config.channels % width == 0
     else:
         starts = not problem.sequences and problem.length % width == 0
     aligned = [starts and _is_aligned(list(sequence.values()), axis, width)]

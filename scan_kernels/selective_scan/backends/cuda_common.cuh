@@ -10,7 +10,7 @@
 //     the backward, all warps all groups; 0: every warp has its own
 //   POLYNOMIAL  of 32 exponentials, how many the FMA pipe computes (16-bit data only)
 //   DIM_LAYOUT 1: u, delta, z, out are dim-contiguous, 0: length-contiguous
-//   ALIGNED 1: every vector of u, delta, z, out may be moved as one access, and rows end with whole ones along time
+//   ALIGNED 1: every vector of u, delta, z, out may be moved as one access, and rows consist of whole ones
 //   B_AXIS, C_AXIS 0: B, C length-contiguous, 1: state-contiguous; B_ALIGNED, C_ALIGNED as ALIGNED
 //   KEEP_Y 1: y = C h + D u is kept for the backward, too
 //   CONST_B, CONST_C, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, PACKED: the problem's flags
@@ -27,17 +27,27 @@ typedef long long i64;
 #define DEVICE __device__ __forceinline__
 
 constexpr int PER = (STATE + LANES - 1) / LANES;  // states of a lane
-constexpr int STATES = PER * LANES;               // N, padded
+constexpr int STATES = PER * LANES;  // N, padded
 constexpr int THREADS = WARPS * 32;
-constexpr int PER_WARP = 32 / LANES;                      // channels a warp holds at a time
+constexpr int PER_WARP = 32 / LANES;  // channels a warp holds at a time
 constexpr int CHANNELS = (RELAY ? 1 : WARPS) * PER_WARP * GROUPS;  // channels of a block
-constexpr int ITEM = DTYPE == 0 ? 4 : 2;                  // bytes of an element
-// elements of a warp's tile that a lane loads and stores: OWN_C channels x OWN_T steps
+constexpr int ITEM = DTYPE == 0 ? 4 : 2;  // bytes of an element
+// elements of a warp's tile that a lane loads and stores: OWN_C channels x OWN_T steps, a vector's where memory has them
+// in a row
 constexpr int OWN = PER_WARP * TILE < 32 ? 1 : PER_WARP * TILE / 32;
-constexpr int OWN_C = DIM_LAYOUT && ITEM == 2 && OWN >= 2 && PER_WARP >= 2 ? 2 : 1;
+DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr int OWN_C = DIM_LAYOUT ? least(16 / ITEM, least(PER_WARP, OWN)) : PER_WARP == 32 && OWN * ITEM > 16 ? 2 : 1;
 constexpr int OWN_T = OWN / OWN_C;
-constexpr int WORDS = (OWN * ITEM + 3) / 4;               // registers that hold them
-constexpr bool ALL_OWN = PER_WARP * TILE >= 32;           // else the last lanes own nothing
+constexpr int NEXT_C = DIM_LAYOUT ? 1 : PER_WARP / OWN_C;  // from one of its channels to the next
+constexpr int WORDS = (OWN * ITEM + 3) / 4;  // registers that hold them
+constexpr int RUN = (DIM_LAYOUT ? OWN_C : OWN_T) * ITEM;  // bytes of them that lie in a row
+constexpr int PIECE = RUN < 8 ? 1 : RUN < 16 ? 2 : 4;  // words moved at once
+constexpr bool VECTORS = ALIGNED && RUN >= 4;  // whether they can be
+// Along time, a lane's pieces lie between those of the other lanes of its channel, so that what lanes move at once is
+// whole sectors of memory.
+constexpr int EACH = DIM_LAYOUT ? OWN_T : least(OWN_T, PIECE * 4 / ITEM);  // steps of a piece
+constexpr int ALONG = TILE / OWN_T;  // lanes along time
+constexpr bool ALL_OWN = PER_WARP * TILE >= 32;  // else the last lanes own nothing
 static_assert(OWN_T <= TILE && (OWN_T < 4 ? OWN_T != 3 : OWN_T % 4 == 0) && 32 % LANES == 0 && TILE % 4 == 0,
               "invalid configuration");
 
@@ -93,6 +103,8 @@ DEVICE int here() {
   asm volatile("mov.s32 %0, 0;" : "=r"(zero));
   return zero;
 }
+// v as it lies in shared memory, which no register holds from an earlier look.
+DEVICE int again(const int& v) { return *(const volatile int*)&v; }
 // A register for v, which is not computed anew at each use.
 DEVICE void keep(int& v) { asm volatile("" : "+r"(v)); }
 DEVICE void keep(i64& v) { asm volatile("" : "+l"(v)); }
@@ -293,6 +305,13 @@ struct Own {
   int channel, step;  // of the first, within warp and tile
   bool any;
 };
+// Of lanes along channels, the p-th lane's: such that those of a quarter of a warp, which store four steps at once, meet
+// no bank twice in a tile of float32.
+DEVICE constexpr int spread_channel(int p) {
+  if (OWN_T == EACH || PER_WARP < 8) return p;
+  if (EACH == 4) return (p & ~7) | (((p & 7) * ALONG | (p & 7) * ALONG >> 3) & 7);
+  return ALONG == 2 ? (p & ~6) | (p & 2) << 1 | (p & 4) >> 1 : p;
+}
 DEVICE Own own() {
   const int lane = (int)threadIdx.x & 31;
   Own o;
@@ -301,32 +320,32 @@ DEVICE Own own() {
   o.channel = (lane % ACROSS) * OWN_C;
   o.step = (lane / ACROSS) * OWN_T;
 #else
-  constexpr int ALONG = TILE / OWN_T;
-  o.channel = lane / ALONG;
-  o.step = (lane % ALONG) * OWN_T;
+  o.channel = spread_channel(lane / ALONG);
+  o.step = (lane % ALONG) * EACH;
 #endif
   o.any = ALL_OWN || (o.channel < PER_WARP && o.step < TILE);
   return o;
 }
-struct Raw {  // a lane's elements as they lie in memory: along time, or pairs of channels
+// Steps from a lane's first to its t-th.
+DEVICE constexpr int later(int t) { return t / EACH * EACH * ALONG + t % EACH; }
+// A lane's element e is its channel channel_of(e)'s of its step step_of(e): such that those of a piece follow each other.
+DEVICE constexpr int channel_of(int e) { return DIM_LAYOUT ? e % OWN_C : e / OWN_T; }
+DEVICE constexpr int step_of(int e) { return DIM_LAYOUT ? e / OWN_C : e % OWN_T; }
+struct Raw {  // a lane's elements
   u32 w[WORDS];
   DEVICE float at(int c, int t) const {
-#if DTYPE == 0
-    return low(w[t]);
-#else
-    int i = OWN_C == 2 ? t : t >> 1;
-    return (OWN_C == 2 ? c : t & 1) ? high(w[i]) : low(w[i]);
-#endif
+    const int e = DIM_LAYOUT ? t * OWN_C + c : c * OWN_T + t;
+    return ITEM == 2 && e & 1 ? high(w[e >> 1]) : low(w[e * ITEM / 4]);
   }
 };
-// How many of the lane's channels and steps exist.
+// How many channels and steps there are from the lane's first on.
 struct Extent {
   int c, t;
 };
 DEVICE Extent extent_of(Own o, int channel_count, int steps_left) {
   Extent n;
-  n.c = !o.any ? 0 : channel_count - o.channel < OWN_C ? channel_count - o.channel : OWN_C;
-  n.t = steps_left - o.step < OWN_T ? steps_left - o.step : OWN_T;
+  n.c = o.any ? channel_count - o.channel : 0;
+  n.t = steps_left - o.step;
   return n;
 }
 #if DTYPE == 0
@@ -337,65 +356,38 @@ DEVICE u32 bits(scalar v) { return v; }
 DEVICE scalar unbits(u32 w) { return (scalar)w; }
 #endif
 
-DEVICE u32 word_of(const scalar* p, i64 step_stride, int i, Extent n) {
-  // word i of the lane's elements, piece by piece, zeros where there is nothing
-#if DTYPE == 0
-  return i < n.t && n.c > 0 ? bits(p[i * step_stride]) : 0u;
-#else
-  if (OWN_C == 2) {
-    if (i >= n.t) return 0u;
-    const scalar* q = p + i * step_stride;
-    return (n.c > 0 ? bits(q[0]) : 0u) | (n.c > 1 ? bits(q[1]) << 16 : 0u);
-  }
-  int t = 2 * i;
-  u32 a = t < n.t && n.c > 0 ? bits(p[t * step_stride]) : 0u;
-  u32 b = OWN_T > 1 && t + 1 < n.t && n.c > 0 ? bits(p[(t + 1) * step_stride]) << 16 : 0u;
-  return a | b;
-#endif
+// Where element e of the lane's lies, from its first on; whether there is one.
+DEVICE i64 place_of(i64 dim_stride, i64 step_stride, int e) {
+  const int c = channel_of(e), t = later(step_of(e));
+  return (DIM_LAYOUT && VECTORS ? c : c * NEXT_C * dim_stride) + (!DIM_LAYOUT && VECTORS ? t : t * step_stride);
 }
-DEVICE void store(const Raw& r, scalar* p, i64 step_stride, Extent n) {
-  if (ALIGNED && !DIM_LAYOUT && OWN * ITEM >= 4 && n.c > 0 && n.t >= OWN_T) {
-    if constexpr (WORDS % 4 == 0) {
+DEVICE bool has(Extent n, int e) { return later(step_of(e)) < n.t && channel_of(e) * NEXT_C < n.c; }
+
+constexpr int SINGLE = VECTORS ? PIECE * 4 / ITEM : 1;  // elements that are moved as one
+DEVICE void store(const Raw& r, scalar* p, i64 dim_stride, i64 step_stride, Extent n) {
 #pragma unroll
-      for (int i = 0; i < WORDS; i += 4) *((uint4*)p + i / 4) = make_uint4(r.w[i], r.w[i + 1], r.w[i + 2], r.w[i + 3]);
-    } else if constexpr (WORDS % 2 == 0) {
-#pragma unroll
-      for (int i = 0; i < WORDS; i += 2) *((uint2*)p + i / 2) = make_uint2(r.w[i], r.w[i + 1]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < WORDS; i++) *((u32*)p + i) = r.w[i];
-    }
-  } else if (ALIGNED && DIM_LAYOUT && OWN_C == 2 && n.c == 2) {
-#pragma unroll
-    for (int i = 0; i < WORDS; i++)
-      if (i < n.t) *(u32*)(p + i * step_stride) = r.w[i];
-  } else {
-#pragma unroll
-    for (int c = 0; c < OWN_C; c++)
-#pragma unroll
-      for (int t = 0; t < OWN_T; t++)
-        if (c < n.c && t < n.t) {
-          int i = DTYPE == 0 || OWN_C == 2 ? t : t >> 1;
-          bool upper = DTYPE != 0 && (OWN_C == 2 ? c : t & 1);
-          p[t * step_stride + c] = unbits(upper ? r.w[i] >> 16 : DTYPE == 0 ? r.w[i] : r.w[i] & 0xffffu);
-        }
+  for (int e = 0; e < OWN; e += SINGLE) {
+    if (!has(n, e)) continue;
+    scalar* const to = p + place_of(dim_stride, step_stride, e);
+    const u32* const w = r.w + e * ITEM / 4;
+    if constexpr (!VECTORS) *to = unbits(ITEM == 4 ? *w : e & 1 ? *w >> 16 : *w & 0xffffu);
+    else if constexpr (PIECE == 4) *(uint4*)to = make_uint4(w[0], w[1], w[2], w[3]);
+    else if constexpr (PIECE == 2) *(uint2*)to = make_uint2(w[0], w[1]);
+    else *(u32*)to = *w;
   }
 }
-// The inverse of Raw::at for a pair of neighbours: (t, t + 1) of a channel, or (0, 1) of two channels at t.
+// The inverse of Raw::at.
 DEVICE void put(Raw& r, const float (&v)[OWN_C][OWN_T]) {
 #pragma unroll
   for (int i = 0; i < WORDS; i++) {
-    if (DTYPE == 0) r.w[i] = __float_as_uint(v[0][i < OWN_T ? i : 0]);
-    else if (OWN_C == 2) r.w[i] = pack(v[0][i < OWN_T ? i : 0], v[OWN_C - 1][i < OWN_T ? i : 0]);
-    else r.w[i] = pack(v[0][2 * i < OWN_T ? 2 * i : 0], 2 * i + 1 < OWN_T ? v[0][2 * i + 1 < OWN_T ? 2 * i + 1 : 0] : 0.f);
+    const int e = i * 4 / ITEM, other = e + 1 < OWN ? e + 1 : e;
+    r.w[i] = pack(v[channel_of(e)][step_of(e)], v[channel_of(other)][step_of(other)]);
   }
 }
 
 // A lane's raw elements of one tensor wait in slots of its own in shared memory, a warp's next to each other: what a
 // lane copies there, only it reads, so that a wait for its own copies is all the synchronisation there is.
-constexpr bool ASYNC = ALIGNED && OWN * ITEM >= 4 && (!DIM_LAYOUT || ITEM == 4 || OWN_C == 2);
-constexpr int PIECE = DIM_LAYOUT ? 1 : WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1;  // words moved at once
-constexpr int RAW_WORDS = 32 * WORDS;                                                // of a warp and one tensor
+constexpr int RAW_WORDS = 32 * WORDS;  // of a warp and one tensor
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // Copy `bytes` of WIDTH bytes, zeros for the rest.
@@ -424,17 +416,19 @@ DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING
 DEVICE u32* slot_of(u32* raw, int word) {
   return raw + word / PIECE * PIECE * 32 + ((int)threadIdx.x & 31) * PIECE + word % PIECE;
 }
-DEVICE void fetch(u32* raw, const scalar* q, i64 step_stride, Extent n) {
+DEVICE void fetch(u32* raw, const scalar* q, i64 dim_stride, i64 step_stride, Extent n) {
+  if constexpr (VECTORS) {
 #pragma unroll
-  for (int i = 0; i < WORDS; i += PIECE) {
-    u32* to = slot_of(raw, i);
-    if constexpr (ASYNC && !DIM_LAYOUT) {
-      copy_async_or_zero<PIECE * 4>(n.c > 0 && n.t * ITEM > i * 4, to, q + i * 4 / ITEM);  // rows end with whole pieces
-    } else if constexpr (ASYNC) {
-      copy_async<4>(to, q + i * step_stride, i < n.t && n.c > 0 ? n.c * ITEM : 0);  // no bytes: nothing is read
-    } else {
+    for (int e = 0; e < OWN; e += SINGLE)
+      copy_async_or_zero<PIECE * 4>(has(n, e), slot_of(raw, e * ITEM / 4), q + place_of(dim_stride, step_stride, e));
+  } else {
 #pragma unroll
-      for (int j = 0; j < PIECE; j++) to[j] = word_of(q, step_stride, i + j, n);
+    for (int i = 0; i < WORDS; i++) {
+      u32 word = 0;
+#pragma unroll
+      for (int e = i * 4 / ITEM; e < OWN && e * ITEM < 4 * i + 4; e++)
+        if (has(n, e)) word |= bits(q[place_of(dim_stride, step_stride, e)]) << (e * ITEM % 4 * 8);
+      *slot_of(raw, i) = word;
     }
   }
 }
@@ -481,10 +475,46 @@ struct Turn {
   }
 };
 
-// A warp's tile of float32 values [channel][step] in shared memory, padded so that a channel's steps, read by all its
-// lanes, and a lane's own elements meet no bank twice.
+// A warp's tile of float32 values [channel][step] in shared memory, padded and skewed so that a channel's steps, read by
+// all its lanes, and lanes' own elements meet no bank twice.
 constexpr int QUADS = TILE / 4;
 constexpr int TILE_PITCH = TILE + 4;
-constexpr int TILE_FLOATS = PER_WARP * TILE_PITCH;
-DEVICE int tile_at(int channel, int step) { return channel * TILE_PITCH + step; }
+constexpr int SKEW = DIM_LAYOUT && PER_WARP > 8 ? 512 / (PER_WARP * ITEM) : 0;  // of every further eight channels
+constexpr int TILE_FLOATS = PER_WARP * TILE_PITCH + (PER_WARP / 8 - (PER_WARP >= 8)) * SKEW;
+DEVICE int tile_at(int channel, int step) { return channel * TILE_PITCH + channel / 8 * SKEW + step; }
 DEVICE void four_steps(float (&v)[4], const float* tile, int channel, int step) { get(v, tile + tile_at(channel, step)); }
+// What is one for a whole channel lies beside its tile, where the padding is: four channels' at the first of them.
+DEVICE int beside(int channel) { return tile_at(channel / 4 * 4, TILE) + channel % 4; }
+template <int N>
+DEVICE void constants(float (&v)[N], const float* tile, int channel) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 q = *(const float4*)(tile + beside(channel + i));
+      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] = tile[beside(channel + i * NEXT_C)];
+  }
+}
+// A channel's steps of a tile that are the lane's own.
+DEVICE void get_own(float (&v)[OWN_T], const float* first) {
+  if constexpr (OWN_T == EACH) {
+    get(v, first);
+  } else {
+#pragma unroll
+    for (int t = 0; t < OWN_T; t += 4) {
+      const float4 q = *(const float4*)(first + later(t));
+      v[t] = q.x, v[t + 1] = q.y, v[t + 2] = q.z, v[t + 3] = q.w;
+    }
+  }
+}
+DEVICE void set_own(float* first, const float (&v)[OWN_T]) {
+  if constexpr (OWN_T == EACH) {
+    set(first, v);
+  } else {
+#pragma unroll
+    for (int t = 0; t < OWN_T; t += 4) *(float4*)(first + later(t)) = make_float4(v[t], v[t + 1], v[t + 2], v[t + 3]);
+  }
+}

@@ -27,7 +27,7 @@
 // A relay's tile of LANES 4, PER 4, bf16: about 700 instructions a warp, 76 of them MUFU; from a turn's start to its end
 // 158, or fewer, the more steps are ready AHEAD.
 
-constexpr int G = LANES < 4 ? 4 : LANES > 16 ? 16 : LANES;  // steps whose y are reduced together
+constexpr int G = PER > 8 || LANES < 4 ? 4 : LANES > 16 ? 16 : LANES;  // steps whose y are reduced together
 constexpr int UNROLL = PER * G <= 32 ? 4 : 1;
 static_assert(TILE % 16 == 0, "invalid configuration");
 constexpr bool USE_B = MODE != 2, USE_C = MODE == 0 || MODE == 2;
@@ -44,9 +44,11 @@ constexpr int BC_TILES = (USE_B && !CONST_B) + (USE_C && !CONST_C);
 constexpr int TENSORS = 3 + (HAS_Z ? 1 : 0);  // slots: u twice, delta, z
 // In a relay, with few elements a tile, each lane finds but once where those of these tensors lie, and notes it.
 enum { AT_u, AT_delta, AT_z, AT_out, AT_B, AT_C, PLACES };
-constexpr int WARP_FLOATS = 2 * TILE_FLOATS + TENSORS * RAW_WORDS + (RELAY ? 2 * 32 * PLACES : 0) + (RELAY || MODE == 3 ? 32 * PER : 0);
+constexpr int WARP_FLOATS =
+    2 * TILE_FLOATS + TENSORS * RAW_WORDS + (RELAY ? 2 * 32 * PLACES : 0) + (RELAY || MODE == 3 ? 32 * PER : 0);
 // steps whose x B a relay has ready when a warp's turn comes, and keeps ready
 constexpr int AHEAD = PER > 4 ? 2 : THREADS * MIN_BLOCKS <= 256 ? 16 : THREADS * MIN_BLOCKS <= 384 ? 8 : 2;
+constexpr bool SHORT = RELAY || PER > 8;  // of registers: what is needed rarely is found anew each time
 constexpr int TURNS = RELAY ? WARPS / GROUPS : 1;  // warps that share channels and take turns
 static_assert(!RELAY || (MODE == 0 && TILE == 16 && PER <= 4 && TURNS >= 2 && WARPS % GROUPS == 0),
               "invalid configuration");
@@ -66,7 +68,7 @@ struct Projection {
   u32 raw[COUNT][VECTOR ? ITEM : 4];
 
   static DEVICE void place(int k, int& n, int& t) {
-    const int i = (int)threadIdx.x + k * THREADS;
+    const int i = (int)threadIdx.x + (SHORT ? here() : 0) + k * THREADS;
     if (AXIS == 0) t = i % TILE, n = i / TILE * 4;
     else n = i % STATE_QUADS * 4, t = i / STATE_QUADS;
   }
@@ -254,6 +256,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
 
   // this lane's elements
   const Own o = own();
+  auto channels_left = [&]() { return SHORT ? again(task.ch.count) - group * PER_WARP : count; };
+  auto steps_left = [&](int t0) { return (SHORT ? again(task.w.end) : end) - t0; };
+  auto extent = [&](int t0) { return extent_of(o, channels_left(), steps_left(t0)); };
   auto own_channel = [&]() { return first + (o.channel < count ? o.channel : 0); };
   i64* const places = (i64*)(dt_tile + WARP_FLOATS) - 32 * PLACES + lane;
   float* const rates = dt_tile + WARP_FLOATS - 64 * PLACES - 32 * PER + lane * PER;  // A, where registers are short
@@ -262,7 +267,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   auto place = [&](int which, i64 dim_stride, i64 step_stride, int t0) {
     const i64 stride = DIM_LAYOUT ? step_stride : 1;
     if (RELAY) return noted(which) + t0 * stride;
-    return (scalar*)origins[warp][which] + ((o.channel < count ? o.channel : 0) + here()) * dim_stride + (o.step + t0) * stride;
+    const int c = o.channel < channels_left() ? o.channel : 0;
+    return (scalar*)origins[warp][which] + (c + here()) * dim_stride + (o.step + t0) * stride;
   };
 #define PLACE(T, t0) place(AT_##T, p.T##_dim, p.T##_step, t0)
   if constexpr (!RELAY) {
@@ -273,7 +279,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     note(AT_u, p.u, p.u_batch, p.u_dim, p.u_step), note(AT_delta, p.delta, p.delta_batch, p.delta_dim, p.delta_step);
     if (HAS_Z) note(AT_z, p.z, p.z_batch, p.z_dim, p.z_step);
     if (MODE == 0) note(AT_out, p.out, p.out_batch, p.out_dim, p.out_step);
-    __syncwarp();
   } else {
     auto note = [&](int which, const void* base, i64 batch_stride, i64 dim_stride, i64 step_stride) {
       const i64 at = batch * batch_stride + own_channel() * dim_stride + (row_first + o.step) * step_stride;
@@ -289,16 +294,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     if (!CONST_B) note_rows(AT_B, p.spread_B);
     if (!CONST_C) note_rows(AT_C, p.spread_C);
   }
-  auto per_channel = [&](const float* values, int c) {
-    return o.channel + c < count ? __ldg(values + own_channel() + c) : 0.f;
-  };
+  if (lane < PER_WARP) {
+    if (HAS_BIAS) dt_tile[beside(lane)] = lane < count ? p.delta_bias[first + lane] : 0.f;
+    if (HAS_D) x_tile[beside(lane)] = lane < count ? p.D[first + lane] : 0.f;
+  }
+  __syncwarp();
   // MODE 2 multiplies by dy = dout silu(z) where the scan multiplies by Δu: u then stands for dout. The scan itself
   // needs z only after the main loop.
   auto fetch_tile = [&](int buffer, int t0) {
-    const Extent n = extent_of(o, count, end - t0);
-    fetch(raw_u + buffer * RAW_WORDS, PLACE(u, t0), p.u_step, n);
-    fetch(raw_delta, PLACE(delta, t0), p.delta_step, n);
-    if (HAS_Z && MODE == 2) fetch(raw_z, PLACE(z, t0), p.z_step, n);
+    const Extent n = extent(t0);
+    fetch(raw_u + buffer * RAW_WORDS, PLACE(u, t0), p.u_dim, p.u_step, n);
+    fetch(raw_delta, PLACE(delta, t0), p.delta_dim, p.delta_step, n);
+    if (HAS_Z && MODE == 2) fetch(raw_z, PLACE(z, t0), p.z_dim, p.z_step, n);
 #if MODE == 3
     if ((t0 - begin) % SEGMENT == 0) {  // the kept state, of which a lane reads what it copied
       const i64 row = PACKED ? row_first / SEGMENT + w.row : w.row * ((p.row_length + SEGMENT - 1) / SEGMENT);
@@ -324,8 +331,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
   Projection<B_AXIS, B_ALIGNED> next_B;
   Projection<C_AXIS, C_ALIGNED> next_C;
   auto load_projections = [&](int t0) {
-    if constexpr (USE_B && !CONST_B) next_B.load((const scalar*)rows[0], p.B_state, p.B_step, t0, end - t0);
-    if constexpr (USE_C && !CONST_C) next_C.load((const scalar*)rows[1], p.C_state, p.C_step, t0, end - t0);
+    if constexpr (USE_B && !CONST_B) next_B.load((const scalar*)rows[0], p.B_state, p.B_step, t0, steps_left(t0));
+    if constexpr (USE_C && !CONST_C) next_C.load((const scalar*)rows[1], p.C_state, p.C_step, t0, steps_left(t0));
   };
   auto fetch_spread = [&](int t0) {  // of a relay
     auto fetch_rows = [&](float* tile, int which) {
@@ -341,8 +348,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     if constexpr (!CONST_C) fetch_rows(bc_tile + (CONST_B ? 0 : BC_FLOATS), AT_C);
   };
   auto keep_states = [&](int t, const float (&v)[PER]) {  // which enter step t
-    if (KEEP && (t - begin) % KEEP_EVERY == 0 && t < end && (RELAY ? channel < task.ch.count - group * PER_WARP : exists)) {
-      const int at = RELAY ? task.ch.first + group * PER_WARP + channel : d;
+    if (KEEP && (t - begin) % KEEP_EVERY == 0 && t < end && channel < channels_left()) {
+      const int at = SHORT ? again(task.ch.first) + group * PER_WARP + channel : d;
       float* const kept = p.states + ((w.states + t / KEEP_EVERY) * p.dim + at) * STATE + s * PER;
       if constexpr (PER % 4 == 0 && STATE % 4 == 0) {
 #pragma unroll
@@ -372,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     // ---- stage: Δ and Δu (or dy) of this lane's elements; what does not exist was loaded as zero
     if (!RELAY) load_projections(t0);
     copies_wait<RELAY ? 1 : 0>();  // in a relay, B and C may still be on their way
-    const Extent n = extent_of(o, count, end - t0);
+    const Extent n = extent(t0);
     if (MODE == 3 && (t0 - begin) % SEGMENT == 0) {
       get(h, kept_here);
       keep_states(t0, h);
@@ -382,13 +389,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         Raw ru, rd, rz;
         read(ru, raw_u + buffer * RAW_WORDS), read(rd, raw_delta);
         if (HAS_Z && MODE == 2) read(rz, raw_z);
+        float bias[OWN_C];
+        if constexpr (HAS_BIAS) constants(bias, dt_tile, o.channel);
 #pragma unroll
         for (int c = 0; c < OWN_C; c++) {
-          const float bias = HAS_BIAS ? per_channel(p.delta_bias + (RELAY ? here() : 0), c) : 0.f;
           float step[OWN_T], x[OWN_T];
 #pragma unroll
           for (int t = 0; t < OWN_T; t++) {
-            const StepSize size = step_size(rd.at(c, t) + bias);
+            const StepSize size = step_size(HAS_BIAS ? rd.at(c, t) + bias[c] : rd.at(c, t));
             step[t] = size.dt;
             x[t] = ru.at(c, t);
             if (MODE != 2) {
@@ -398,18 +406,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
               x[t] *= gate * sigmoid(gate);
             }
           }
-          if (n.t < OWN_T) {
+          set_own(dt_tile + tile_at(o.channel + c * NEXT_C, o.step), step);
+          set_own(x_tile + tile_at(o.channel + c * NEXT_C, o.step), x);
+        }
+        if (n.t <= later(OWN_T - 1)) {
+#pragma unroll 1
+          for (int t = 0; t < OWN_T; t++)  // a loop is a branch, which only a row's last tile takes
 #pragma unroll
-            for (int t = 0; t < OWN_T; t++)
-              if (t >= n.t) step[t] = x[t] = 0.f;
-          }
-          set(dt_tile + tile_at(o.channel + c, o.step), step);
-          set(x_tile + tile_at(o.channel + c, o.step), x);
+            for (int c = 0; c < OWN_C; c++) {
+              const int at = tile_at(o.channel + c * NEXT_C, o.step + later(t));
+              if (later(t) >= n.t) dt_tile[at] = x_tile[at] = 0.f;
+            }
         }
       }
       if constexpr (USE_B && !CONST_B && !RELAY) next_B.store(b_tile, B_SCALE);
       if constexpr (USE_C && !CONST_C && !RELAY) next_C.store(c_tile, 1.f);
-      if (HAS_Z && MODE == 0) fetch(raw_z, PLACE(z, t0), p.z_step, n);
+      if (HAS_Z && MODE == 0) fetch(raw_z, PLACE(z, t0), p.z_dim, p.z_step, n);
       copies_commit();
       if (i + TURNS < tiles) fetch_tile(buffer ^ 1, tile_start(i + TURNS));
       copies_commit();
@@ -527,23 +539,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
     // ---- finish: this lane's elements of out
     __syncwarp();
     if constexpr (MODE == 0) {
-      const Extent there = RELAY ? extent_of(o, count, end - t0 - here()) : n;  // anew: registers are short
+      const Extent there = SHORT ? extent(t0) : n;
       if (HAS_Z) copies_wait<RELAY ? 2 : 1>();
       if (o.any) {
         Raw ru, rz, r;
         if (HAS_D) read(ru, raw_u + buffer * RAW_WORDS);
-        float v[OWN_C][OWN_T];
+        float v[OWN_C][OWN_T], skip[OWN_C];
+        if constexpr (HAS_D) constants(skip, x_tile, o.channel);
 #pragma unroll
         for (int c = 0; c < OWN_C; c++) {
-          const float skip = HAS_D ? per_channel(p.D + (RELAY ? here() : 0), c) : 0.f;
-          get(v[c], dt_tile + tile_at(o.channel + c, o.step));
+          get_own(v[c], dt_tile + tile_at(o.channel + c * NEXT_C, o.step));
 #pragma unroll
           for (int t = 0; t < OWN_T; t++)
-            if (HAS_D) v[c][t] = fmaf(skip, ru.at(c, t), v[c][t]);
+            if (HAS_D) v[c][t] = fmaf(skip[c], ru.at(c, t), v[c][t]);
         }
         if constexpr (KEEP_Y) {
           put(r, v);
-          store(r, (scalar*)((char*)PLACE(out, t0) + ((char*)p.y - (char*)p.out)), p.out_step, there);
+          store(r, (scalar*)((char*)PLACE(out, t0) + ((char*)p.y - (char*)p.out)), p.out_dim, p.out_step, there);
         }
         if constexpr (HAS_Z) {
           read(rz, raw_z);
@@ -558,22 +570,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Par
         put(r, v);
         scalar* const out = PLACE(out, t0);
         __builtin_assume(__isGlobal(out));  // which an address from shared memory does not show
-        store(r, out, p.out_step, there);
+        store(r, out, p.out_dim, p.out_step, there);
       }
     }
   }
 
   if (MODE == 3) return;
-  if constexpr (RELAY) {  // the warp of the row's last tile has its last state
-    if (channel >= task.ch.count - group * PER_WARP || turn != (tiles > 0 ? (tiles - 1) % TURNS : 0)) return;
-  } else if (!exists) {
-    return;
-  }
+  if (channel >= channels_left()) return;
+  if (RELAY && turn != (tiles > 0 ? (tiles - 1) % TURNS : 0)) return;  // the warp of the row's last tile has its last state
 #pragma unroll
   for (int k = 0; k < PER; k++) {
     const int n = s * PER + k;
     if (n >= STATE) break;
-    const i64 at = (i64)(RELAY ? task.ch.first + group * PER_WARP + channel : d) * STATE + n;
+    const i64 at = (i64)(SHORT ? again(task.ch.first) + group * PER_WARP + channel : d) * STATE + n;
     if (MODE != 0) p.span_end[slot * p.dim * STATE + at] = h[k];
     else if (p.last_state && end == w.length) p.last_state[(i64)w.row * p.dim * STATE + at] = h[k];
   }
