@@ -49,21 +49,22 @@ def speed(report: dict[str, Any]) -> bytes | None:
     speeds = [p["uses"][u]["elements"] / r["median_s"] / 1e9 for p, u in panels for r in timed(p, u)]
     roofs = [p["uses"][u]["elements"] / p["uses"][u]["seconds"] / 1e9 for p, u in panels]
     low, high = 10 ** _floor(min(speeds)), max(speeds + roofs)
+    room = (high / low) ** 0.4  # for the longest label, on the axis
 
     def draw(axes: Axes, case: dict[str, Any], use: str) -> None:
         rows, need = timed(case, use), case["uses"][use]
+        roof = need["elements"] / need["seconds"] / 1e9
         for i, r in enumerate(rows):
             value = need["elements"] / r["median_s"] / 1e9
             axes.barh(i, value - low, left=low, color=colours.get(r["runner"], PEER), height=0.7)
             share = f"  {100 * need['seconds'] / r['median_s']:.2g} % of bound" if r["kind"] == "backend" else ""
-            axes.text(value * 1.08, i, f"{value:.3g}{share}", va="center", fontsize=9, bbox=BACKED)
-        roof = need["elements"] / need["seconds"] / 1e9
+            at = roof if value < roof < value * room else value  # not across the bound's line
+            axes.text(at * 1.08, i, f"{value:.3g}{share}", va="center", fontsize=9, bbox=BACKED)
         axes.axvline(roof, color=INK, linestyle="--", linewidth=1)
         axes.text(roof, -0.72, f"bound {roof:.3g} ", ha="right", va="center", fontsize=8.5)
         _rows(axes, [r["runner"] for r in rows], top=1.1)
         axes.set_xscale("log")
-        # room on the right for the longest label, in decades of the axis
-        axes.set_xlim(low, high * (high / low) ** 0.4)
+        axes.set_xlim(low, high * room)
 
     return _grid(panels, draw, "Gelem/s (1e9 batch x dim x length a second); longer is faster")
 
