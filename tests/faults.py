@@ -222,7 +222,7 @@ CUDA_FAULTS = {
     "tail": ("int tiles = (end - begin + TILE - 1) / TILE;", "int tiles = (end - begin) / TILE;"),
     "stride": ("place(AT_##T, p.T##_dim, p.T##_step, t0)", "place(AT_##T, p.u_dim, p.u_step, t0)"),
     "race": ("if (BC_TILES > 0 && !RELAY) __syncthreads(); else __syncwarp();", "__syncwarp();"),
-    "bounds": ("extent_of(o, count, end - t0 - here()) : n;", "n : extent_of(o, count, TILE);"),
+    "bounds": ("SHORT ? extent(t0) : n;", "SHORT ? n : extent_of(o, count, TILE);"),
     "stale stage": (
         "read(ru, raw_u + buffer * RAW_WORDS), read(rd,",
         "read(ru, raw_u + (buffer ^ 1) * RAW_WORDS), read(rd,",

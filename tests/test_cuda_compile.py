@@ -137,6 +137,11 @@ CUT = [
     Posed(mamba("a group for several warps", batch=2, dim=1536)),
     Posed(mamba("long misaligned", dtype="float32", **LONG), aligned=False),
     Posed(mamba("long deterministic", dtype="float16", layout="dim", **LONG), deterministic=True),
+    # 16 states a lane, in as many registers as there are
+    Posed(mamba("many states", state=256)),
+    Posed(mamba("many states, dim", state=256, layout="dim", dtype="float16")),
+    Posed(mamba("64 states, misaligned dim", state=64, layout="dim"), aligned=False, training=False),
+    Posed(mamba("128 states, no flags", state=128, **PLAIN)),
 ]
 # two configurations on one device each
 OTHERS = [
