@@ -62,6 +62,11 @@ CASES = {
     "forward of a lane for a channel": (Config(1, 2, 32), None, {"state": 8, "dtype": "bfloat16", "length": 72}),
     "forward of a lane for a channel, unaligned": (Config(1, 1, 32), None, {"state": 3, "length": 61}),
     "forward across channels": (Config(2, 2, 32), None, {"dtype": "float16", "layout": "dim", "length": 77}),
+    "forward across channels, no whole vectors": (
+        Config(2, 2, 32),
+        None,
+        {"dim": 20, "dtype": "bfloat16", "layout": "dim", "length": 45},
+    ),
     "forward of 16 states a lane": (Config(4, 4, 32), None, {"state": 64, "dtype": "bfloat16", "layout": "dim"}),
     "forward cut": (Config(2, 2, 32, splits=3), None, {"layout": "dim"}),
     "forward by polynomials": (Config(2, 2, 32, polynomial=8), None, {"dtype": "bfloat16", "special": "underflow"}),
