@@ -1,6 +1,6 @@
 """An op: its reference, its cases, its backends found by file, and the only dispatch there is.
 
-A backend is a module ``backends/<name>.py`` (a name without an underscore; ``<name>_*`` files hold its kernels) with
+A backend is a module ``backends/<name>.py`` (a name without an underscore; the ``<name>_*`` files are its own) with
 
     RANK: int                                  lower is preferred where nothing is tuned
     Config                                     frozen dataclass of the tunables

@@ -20,7 +20,7 @@ from scan_kernels.autotune import store, tables
 from scan_kernels.cuda_module import Kernel
 from scan_kernels.profiling.device import Device
 from scan_kernels.selective_scan import OP
-from scan_kernels.selective_scan.backends import cuda
+from scan_kernels.selective_scan.backends import cuda, cuda_configs
 from scan_kernels.selective_scan.cases import Case
 from scan_kernels.selective_scan.plan import allocate, gradient_rooms, normal_form, output_rooms
 from scan_kernels.selective_scan.problem import Cotangents, Gradients, Inputs, Kept, Outputs, Problem
@@ -114,8 +114,8 @@ def test_a_backwards_estimated_time_is_about_what_was_measured(length):
     estimates = {}
     for (warps, blocks, groups, splits), ms in MEASURED[length].items():
         config = cuda.Config(8, warps, 16, blocks, groups=groups, relay=1)
-        estimate = cuda._backward_time(problem, config, splits, H100.units, blocks)
-        estimate += cuda._entering_time(problem, config.tile, splits, H100.units)[0]
+        estimate = cuda_configs._backward_time(problem, config, splits, H100.units, blocks)
+        estimate += cuda_configs._entering_time(problem, config.tile, splits, H100.units)[0]
         assert estimate * problem.elements / WORK == pytest.approx(ms * 1e-3, rel=0.1), config
         estimates[estimate] = ms
     assert estimates[min(estimates)] <= 1.05 * min(estimates.values())
@@ -156,8 +156,8 @@ def test_the_first_configuration_is_about_the_best_that_was_measured():
 def estimated(problem: Problem, config: cuda.Config, device: Device = H200) -> float:
     """Of a backward, with the best `finer`."""
     fits = (device.shared_memory + 1024) // (cuda.shared_bytes(problem, config) + 1024)
-    scan = cuda._backward_time(problem, config, config.splits, device.units, max(1, min(config.blocks, fits)))
-    return scan + cuda._entering_time(problem, config.tile, config.splits, device.units)[0]
+    scan = cuda_configs._backward_time(problem, config, config.splits, device.units, max(1, min(config.blocks, fits)))
+    return scan + cuda_configs._entering_time(problem, config.tile, config.splits, device.units)[0]
 
 
 def test_a_choice_does_not_travel_to_another_number_of_multiprocessors():

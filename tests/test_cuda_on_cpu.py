@@ -120,8 +120,13 @@ CASES = {
     ),
     "backward dim, tiles of 8": (
         FORWARD,
-        Config(16, 2, 8, relay=1),
-        {"layout": "dim", "dim": 40, "length": 70},
+        Config(16, 2, 8, groups=2, relay=1),
+        {"layout": "dim", "dim": 38, "length": 70},
+    ),
+    "backward dim fp32, batches of two and of one": (
+        FORWARD,
+        dataclasses.replace(BACKWARD, groups=3),
+        {"layout": "dim", "dim": 28, "length": 83},
     ),
     "backward cut": (FORWARD, dataclasses.replace(BACKWARD, splits=3), {"dtype": "bfloat16", "length": 128}),
     "backward of one warp": (FORWARD, dataclasses.replace(BACKWARD, warps=1, groups=5), {"dtype": "bfloat16"}),

@@ -31,6 +31,7 @@ INSTRUCTIONS = {
     "ex2.approx": "r = emulated_ex2(x);",
     "rcp.approx": "r = emulated_rcp(x);",
     "mov.s32": "zero = 0;",
+    "%%laneid": "lane = threadIdx.x & 31;",
     "setp.eq.s32": "copy_begin(to, from, WIDTH, mine ? WIDTH : 0);",
     "cp.async.commit_group": "copies_close();",
     "cp.async.wait_group": "copies_end(PENDING);",

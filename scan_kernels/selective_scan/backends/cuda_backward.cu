@@ -42,7 +42,8 @@ constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow 
 // With fewer groups than warps, a warp waits for its turn, and finishes the item before, between its sweeps, so that turns
 // are shorter. Where nobody would wait, that is 0.4 % slower.
 constexpr bool LATE = GROUPS < WARPS && LANES <= 16;
-static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT == T, "invalid configuration");
+static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT == T && GROUPS >= 1 + DIM_LAYOUT,
+              "invalid configuration");
 
 constexpr int STEPS = LANES < T ? T / LANES : 1;            // that a lane owns of its channel's, from s STEPS on
 
@@ -84,7 +85,7 @@ DEVICE void deposit(float* to, float v) {
 // share lines: they copy the parts of the batch after the next in turn, and their results leave together.
 
 constexpr int PARTS = HAS_Z ? 4 : 3;                        // u, delta, dout, z
-constexpr int BATCH = !DIM_LAYOUT ? 1 : PER_WARP * ITEM > 16 ? 2 : 32 / (PER_WARP * ITEM);
+constexpr int BATCH = !DIM_LAYOUT ? 1 : PER_WARP * ITEM > 16 ? 2 : (LANES < 32 ? 32 : 16) / (PER_WARP * ITEM);
 constexpr int BATCHES = DIM_LAYOUT ? 3 : 0;                 // at hand, and two ahead
 constexpr int COPIED = DIM_LAYOUT ? 1 : PARTS;              // parts that are copied at a time
 constexpr int LINES = DIM_LAYOUT ? T : PER_WARP;
@@ -227,6 +228,8 @@ struct Spread {
   static constexpr int LEFT = STEPS < 4 ? STEPS : 4;  // steps of a quad that are left of it
   float of[QUADS][LEFT];                              // of quad q, then of all quads from q on that have been joined
 
+  static DEVICE constexpr int bit_of(int steps) { return steps / STEPS * SLICE_BIT; }  // between slices so many steps apart
+
   DEVICE void join(int q, int other, int lane, int bit) {
 #pragma unroll
     for (int i = 0; i < LEFT; i++) of[q][i] = joined(of[q][i], of[other % QUADS][i], lane, bit);
@@ -236,15 +239,15 @@ struct Spread {
 #pragma unroll
       for (int i = 0; i < LEFT; i++) of[q][i] = v[i];
     } else {
-      const float first = joined(v[0], v[2], lane, 2 / STEPS), second = joined(v[1], v[3], lane, 2 / STEPS);
+      const float first = joined(v[0], v[2], lane, bit_of(2)), second = joined(v[1], v[3], lane, bit_of(2));
       if (LEFT == 2) of[q][0] = first, of[q][LEFT - 1] = second;
-      else of[q][0] = joined(first, second, lane, 1);
+      else of[q][0] = joined(first, second, lane, bit_of(1));
     }
-    if (T >= 8 && q % 2 == 0) join(q, q + 1, lane, 4 / STEPS);
-    if (T >= 16 && q == 0) join(0, 2, lane, 8 / STEPS);
+    if (T >= 8 && q % 2 == 0) join(q, q + 1, lane, bit_of(4));
+    if (T >= 16 && q == 0) join(0, 2, lane, bit_of(8));
     if (q == 0)
 #pragma unroll
-      for (int bit = T; bit < LANES; bit <<= 1) of[0][0] += __shfl_xor_sync(0xffffffffu, of[0][0], bit);
+      for (int slices = T; slices < LANES; slices <<= 1) of[0][0] += __shfl_xor_sync(0xffffffffu, of[0][0], slices * SLICE_BIT);
   }
   DEVICE float own(int i) const { return of[0][i]; }
 };
@@ -252,16 +255,17 @@ struct Spread {
 // shares one with ALIKE - 1 others.
 constexpr int SHARE = T > PER_WARP ? T / PER_WARP : 1, ALIKE = PER_WARP > T ? PER_WARP / T : 1;
 DEVICE int own_share(int channel) { return channel / ALIKE * SHARE; }
-template <int N = T, int BIT = 16>
+template <int N = T, int CHANNEL = PER_WARP / 2>
 DEVICE void sum_channels(float (&v)[T], int lane) {
-  if constexpr (BIT >= LANES) {
+  if constexpr (CHANNEL > 0) {
+    constexpr int bit = CHANNEL == 1 ? 1 : CHANNEL * LANES;  // between channels so many apart
     if constexpr (N > 1) {
 #pragma unroll
-      for (int i = 0; i < N / 2; i++) v[i] = joined(v[i], v[N / 2 + i], lane, BIT);
+      for (int i = 0; i < N / 2; i++) v[i] = joined(v[i], v[N / 2 + i], lane, bit);
     } else {
-      v[0] += __shfl_xor_sync(0xffffffffu, v[0], BIT);
+      v[0] += __shfl_xor_sync(0xffffffffu, v[0], bit);
     }
-    sum_channels<(N > 1 ? N / 2 : 1), BIT / 2>(v, lane);
+    sum_channels<(N > 1 ? N / 2 : 1), CHANNEL / 2>(v, lane);
   }
 }
 
@@ -272,7 +276,7 @@ constexpr int ROWS = 5 + HAS_Z;
 struct alignas(16) Group {               // what a block keeps of a group of channels
   float carried[32 * 2 * PER];           // of lanes, as apart_at has them: g between tiles, sum of dA
   float A[32 * PER];
-  float2 sums[32];                       // of dD, ddelta_bias
+  float2 last_sums[32];                  // of dD, ddelta_bias of the last group's
   float2 near[PER_WARP];                 // delta_bias of the next group's channel, D of the last one's
   // constant B, C and the sums of dB, dC; what is not needed has one element, here and below
   alignas(16) float fixed_B[CONST_B ? 2 : 1][CONST_B ? 32 : 1][CONST_B ? PER : 1];
@@ -281,10 +285,11 @@ struct alignas(16) Group {               // what a block keeps of a group of cha
 struct alignas(16) Warp {
   float elements[2][ROWS][PER_WARP][T];  // of the item at hand, and of the one before or after
   unsigned char ring[RING][SLOT_BYTES];
-  // inputs and results of batches; where, of the span's first tile, the lane's first piece of each part lies
+  // inputs and results of batches; where the lane's first piece of each part lies of the batch to be copied next, and of du
+  // of the batch that leaves next
   alignas(16) unsigned char batches[DIM_LAYOUT ? BATCHES : 1][DIM_LAYOUT ? PARTS * PART_BYTES : 16];
   alignas(16) unsigned char results[DIM_LAYOUT ? 2 + HAS_Z : 1][DIM_LAYOUT ? OUT_PART : 16];
-  alignas(16) i64 from[DIM_LAYOUT && BY_PIECES ? PARTS : 2][DIM_LAYOUT && BY_PIECES ? 32 : 1];
+  alignas(16) i64 at[DIM_LAYOUT && BY_PIECES ? PARTS + 1 : 2][DIM_LAYOUT && BY_PIECES ? 32 : 1];
   // where, of the span's first tile, the lane's steps of du begin and its share of dB and dC goes
   i64 out[32];                           // in bytes, from du
   i64 sums[32];                          // in elements, from dB and dC alike
@@ -301,22 +306,24 @@ typedef Turn<TURN_ARRIVALS> BackwardTurn;
 struct Shared {
   Task task;
   const void *row_B, *row_C;              // of the row's first step
-  i64 step_bytes[DIM_LAYOUT ? 4 : 2];     // from step to step of each part
+  i64 step_bytes[DIM_LAYOUT ? 6 : 2];     // from step to step of each part, and of du
+  int last_t0[WARPS];                     // for the end, so that no register holds it meanwhile
   BackwardTurn turns[WARPS][GROUPS];     // when a warp may have a group
   Group groups[GROUPS];
   Warp warps[WARPS];
 };
-static_assert(sizeof(Shared) <= SHARED_BYTES, "shared_bytes of cuda.py mirrors this");
+static_assert(sizeof(Shared) <= SHARED_BYTES, "shared_bytes of cuda_configs.py mirrors this");
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Params p) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *(Shared*)memory;
   int lane = (int)threadIdx.x & 31;
   keep(lane);
-  const int tid = (int)threadIdx.x, warp = __shfl_sync(0xffffffffu, tid >> 5, 0), s = lane % LANES, channel = lane / LANES;
+  const int tid = (int)threadIdx.x, warp = __shfl_sync(0xffffffffu, tid >> 5, 0), s = slice_of(lane), channel = channel_of_lane(lane);
   const bool owns = s * STEPS < T;
   const int step = owns ? s * STEPS : 0;
   Warp& mine = shared.warps[warp];
+  auto lane_now = [&]() { return ROOMY ? lane : lane_here(); };  // of use once a tile
   // An address within `mine` that, where registers allow, is not computed anew at each use.
   auto pinned = [&](const void* at) {
     int offset = (int)((const unsigned char*)at - memory);
@@ -334,7 +341,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const i64 row = PACKED ? 0 : task.w.row;
     if constexpr (DIM_LAYOUT) {
       shared.step_bytes[0] = p.u_step * ITEM, shared.step_bytes[1] = p.delta_step * ITEM;
-      shared.step_bytes[2] = p.dout_step * ITEM, shared.step_bytes[3] = p.z_step * ITEM;
+      shared.step_bytes[2] = p.dout_step * ITEM, shared.step_bytes[PARTS] = p.grad_step * ITEM;
+      if (HAS_Z) shared.step_bytes[3] = p.z_step * ITEM;
     }
     shared.row_B = (const scalar*)p.B + row * p.B_batch + task.ch.group * p.B_group + task.w.first * p.B_step;
     shared.row_C = (const scalar*)p.C + row * p.C_batch + task.ch.group * p.C_group + task.w.first * p.C_step;
@@ -346,7 +354,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const Span& w = task.w;
   const Channels& ch = task.ch;
   const int steps = w.end - w.begin, tiles = (steps + T - 1) / T, count = ch.count;
-  const int groups = (count + PER_WARP - 1) / PER_WARP;  // of channels that exist
+  // of channels that exist, and a second where a batch must follow another
+  const int groups = DIM_LAYOUT && count <= PER_WARP ? 2 : (count + PER_WARP - 1) / PER_WARP;
   auto batch = [&]() { return PACKED ? 0 : w.row; };
   auto row_B = [&]() { return (const scalar*)shared.row_B; };
   auto row_C = [&]() { return (const scalar*)shared.row_C; };
@@ -383,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     }
     if constexpr (CONST_B) set(shared.groups[c].fixed_B[0][lane], fixed[0]), set(shared.groups[c].fixed_B[1][lane], none);
     if constexpr (CONST_C) set(shared.groups[c].fixed_C[0][lane], fixed[1]), set(shared.groups[c].fixed_C[1][lane], none);
-    shared.groups[c].sums[lane] = make_float2(0.f, 0.f);
+    shared.groups[c].last_sums[lane] = make_float2(0.f, 0.f);
   }
 
   const i64 bc_first = PARTIALS ? task.block % (p.blocks / p.groups) * p.bc_partial : 0;
@@ -407,14 +416,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int bytes = (DIM_LAYOUT ? live : left) * ITEM - piece * COPY;
     return bytes < 0 || line >= (DIM_LAYOUT ? left : live) ? 0 : bytes > COPY ? COPY : bytes;
   };
-  auto fetch_parts = [&](unsigned char* to, int tile, int c, int first_part) {  // COPIED of them
-    const int left = steps - tile * T, live = count - c * PER_WARP;
+  auto fetch_parts = [&](unsigned char* to, int t0, int c, int first_part) {  // COPIED of them
+    const int left = steps - t0, live = count - c * PER_WARP;
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
       const int i = lane + r * 32 + (COPIES > 32 ? here() : 0);
       const int part = first_part + i / (LINES * PIECES), line = i / PIECES % LINES, piece = i % PIECES;
       if (COPIES % 32 != 0 && i >= COPIES) continue;
-      const char* from = address(part, c * PER_WARP, line, tile * T);
+      const char* from = address(part, c * PER_WARP, line, t0);
       const int shift = shift_of(from);
       if (SHIFTED) from = (const char*)((size_t)from & ~(size_t)3);
       const int bytes = bytes_of(line, piece, left + (DIM_LAYOUT ? 0 : shift), live + (DIM_LAYOUT ? shift : 0));
@@ -423,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   };
   auto fetch_item = [&](unsigned char* to, int tile, int c) {
     const int live = count - c * PER_WARP;
-    fetch_parts(to, tile, c, 0);
+    fetch_parts(to, tile * T, c, 0);
     const float* const from = p.states + ((w.states + w.begin / T + tile) * p.dim + ch.first + c * PER_WARP) * STATE;
 #pragma unroll
     for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
@@ -433,13 +442,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                             from + line * STATE + piece * (KEPT_COPY / 4), line < live ? KEPT_COPY : 0);
     }
   };
-  auto fetch_bc = [&](int tile) {
-    const int t0 = w.begin + tile * T;
+  auto fetch_bc = [&](int t0) {
+    t0 += w.begin;
     if constexpr (!CONST_B) Projection_B::fetch(mine.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0);
     if constexpr (!CONST_C) Projection_C::fetch(mine.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0);
   };
-  auto store_bc = [&](int tile) {
-    const int t0 = w.begin + tile * T;
+  auto store_bc = [&](int t0) {
+    t0 += w.begin;
     if constexpr (!CONST_B) Projection_B::store(mine.B, mine.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0, B_SCALE);
     if constexpr (!CONST_C) Projection_C::store(mine.C, mine.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0, 1.f);
   };
@@ -450,10 +459,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   struct Elements {
     float u[STEPS], dt[STEPS], factor[STEPS], slope[STEPS], dy[STEPS], gate[STEPS];
   };
-  auto stage_begin = [&](Elements& e, const unsigned char* raw, float bias, int tile, int c) {
+  auto stage_begin = [&](Elements& e, const unsigned char* raw, float bias, int t0, int c) {
     auto read_part = [&](float (&v)[STEPS], int part) {
       read_own(v, (const char*)raw + part * PART_BYTES, [&](int i) {
-        return shift_of(address(part, c / BATCH * BATCH * PER_WARP, DIM_LAYOUT ? step + i : channel, tile * T));
+        return shift_of(address(part, c / BATCH * BATCH * PER_WARP, DIM_LAYOUT ? step + i : channel, t0));
       });
     };
     read_part(e.u, 0), read_part(e.dt, 1), read_part(e.dy, 2);
@@ -499,7 +508,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   // where this lane's steps of that item lie in du, and how many there are; likewise in ddelta and dz
   char* out_at = nullptr;
   mine.out[lane] = (batch() * p.grad_batch + (ch.first + channel) * p.grad_dim + (w.first + w.begin + step) * p.grad_step) * ITEM;
-  auto first_out = [&](int tile) { return (char*)p.du + (mine.out[lane] + tile * T * p.grad_step * ITEM); };  // of the first group
+  auto first_out = [&](int t0) { return (char*)p.du + (mine.out[lane_now()] + (u32)t0 * p.grad_step * ITEM); };  // of the first group
   i64 to_ddelta = (char*)p.ddelta - (char*)p.du, to_dz = (char*)p.dz - (char*)p.du, out_over = PER_WARP * p.grad_dim * ITEM;
   int out_count = 0;
   if (ROOMY) keep(out_over), keep(to_ddelta), keep(to_dz);
@@ -526,29 +535,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       *(scalar*)(mine.results[which] + put_at + i * OUT_BYTES) = unbits(ITEM == 4 ? w : w & 0xffffu);
     }
   };
-  auto flush = [&](int tile, int c) {  // results of the batch that begins with group c of a tile, to device memory
-    const int left = steps - tile * T, first = c * PER_WARP;
+  // Batches, in the order in which a warp comes to them.
+  struct Batch {
+    int t0, c;  // the first of its tile's steps and of its groups
+  };
+  const int last_t0 = (tiles - 1 - warp) * T;
+  auto before = [&](Batch b) { return b.c > 0 ? Batch{b.t0, b.c - BATCH} : Batch{b.t0 + WARPS * T, (groups - 1 + here()) / BATCH * BATCH}; };
+  auto after = [&](Batch b) { return b.c + BATCH < groups ? Batch{b.t0, b.c + BATCH} : Batch{b.t0 - WARPS * T, 0}; };
+  // After a tile's last batch: where the lane's first piece of the next lies, as if it came next in the same lines.
+  auto turn_back = [&](int first, int end, Batch b) {
+    if (b.c + BATCH < groups) return;
+#pragma unroll 1
+    for (int part = first; part < end; part++)
+      mine.at[part][lane] -= (b.c + BATCH) * (PER_WARP * ITEM) + WARPS * T * shared.step_bytes[part];
+  };
+  auto flush = [&](Batch b) {  // its results, to device memory
+    const int left = steps - b.t0, live = count - b.c * PER_WARP;
+    if (left <= 0) return;  // before the first
+    char* const du = (char*)mine.at[BY_PIECES ? PARTS : 0][BY_PIECES ? lane : 0];
+    __builtin_assume(__isGlobal(du));  // which an address from shared memory does not show
 #pragma unroll
     for (int r = 0; r < OUT_ROUNDS; r++) {
-      const int i = lane + r * 32, line = i / OUT_PIECES, piece = i % OUT_PIECES, at = line_at(line, OUT_BYTES) + piece * 16;
-      const int live = count - first - piece * (16 / ITEM);
-      if (line >= (left < LINES ? left : LINES) || live <= 0) continue;
-      char* const to = (char*)p.du + (batch() * p.grad_batch + (ch.first + first + piece * (16 / ITEM)) * p.grad_dim +
-                                      (w.first + w.begin + tile * T + line) * p.grad_step) * ITEM;
+      const int i = lane + r * 32, line = i / OUT_PIECES, first = i % OUT_PIECES * (16 / ITEM), at = line_at(line, OUT_BYTES) + first * ITEM;
+      if (line >= (left < LINES ? left : LINES) || live <= first) continue;
+      char* const to = BY_PIECES ? du + (r > 0 ? r * (32 / OUT_PIECES) * shared.step_bytes[PARTS] : 0)
+                                 : (char*)p.du + (batch() * p.grad_batch + (ch.first + b.c * PER_WARP + first) * p.grad_dim +
+                                                  (w.first + w.begin + b.t0 + line) * p.grad_step) * ITEM;
+      uint4 v[2 + HAS_Z];
+#pragma unroll
+      for (int k = 0; k < 2 + HAS_Z; k++) v[k] = *(const uint4*)(mine.results[k] + at);
 #pragma unroll
       for (int k = 0; k < 2 + HAS_Z; k++) {
         char* const there = to + (k == 0 ? 0 : k == 1 ? to_ddelta : to_dz);
-        const uint4 v = *(const uint4*)(mine.results[k] + at);
-        if (BY_PIECES && live >= 16 / ITEM) {
-          *(uint4*)there = v;
+        if (BY_PIECES) {
+          *(uint4*)there = v[k];
         } else {
-          const u32 words[4] = {v.x, v.y, v.z, v.w};
+          const u32 words[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
 #pragma unroll
           for (int e = 0; e < 16 / ITEM; e++)
-            if (e < live) ((scalar*)there)[e] = unbits(ITEM == 4 ? words[e] : e & 1 ? words[e / 2] >> 16 : words[e / 2] & 0xffffu);
+            if (first + e < live) ((scalar*)there)[e] = unbits(ITEM == 4 ? words[e] : e & 1 ? words[e / 2] >> 16 : words[e / 2] & 0xffffu);
         }
       }
     }
+    if constexpr (BY_PIECES) mine.at[PARTS][lane] = (i64)(du + LINE * ITEM), turn_back(PARTS, PARTS + 1, b);
   };
   auto finish = [&](const float* from, float skip, float2& so_far) {  // from: a lane's own elements
     float dt[STEPS], dy[STEPS], u[STEPS], slope[STEPS], gate[STEPS];
@@ -621,45 +650,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   unsigned char* const keep_to = pinned(mine.ring[0] + KEPT_AT + lane * KEPT_COPY);
   const unsigned char* const own_raw = pinned(DIM_LAYOUT ? mine.batches[0] + line_at(step, LINE_BYTES) + channel * ITEM
                                                          : mine.ring[0] + channel * LINE_BYTES + step * ITEM);
-  const int kept_at = PER <= 4 ? lane * PER : channel * STATES + apart_at(s, PER);  // ptxas does not see that they agree
-  const unsigned char* const own_kept = pinned(mine.ring[0] + KEPT_AT + kept_at * 4);
-  // Of batches: where that of the item at hand begins, its items, the place of the item at hand, and the first item of the
-  // batch to be copied next, of which the item at hand copies its share of the parts.
+  const unsigned char* const own_kept = pinned(mine.ring[0] + KEPT_AT + (channel * STATES + apart_at(s, PER)) * 4);
   constexpr int BATCH_BYTES = DIM_LAYOUT ? PARTS * PART_BYTES : 0;
-  int batch_at = 0, place = 0, part_tile = tiles - 1 - warp, part_c = 0;
-  const int last_batch = (groups - 1) / BATCH * BATCH;
-  auto items_from = [&](int c) { return groups - c < BATCH ? groups - c : BATCH; };
-  int batch_items = items_from(0);
+  int batch_at = 0;  // where that of the item at hand begins
   auto batch_after = [&](int at) { return at == (BATCHES - 1) * BATCH_BYTES ? 0 : at + BATCH_BYTES; };
-  auto fetch_batch = [&](int to, int place, int items) {
-    if (part_tile < 0) return;
-#pragma unroll 1
-    for (int part = place; part < PARTS; part += items) {
-      if constexpr (BY_PIECES) {
-        const i64 from = mine.from[part][lane], step_bytes = shared.step_bytes[part];
-        const int left = steps - part_tile * T, live = count - part_c * PER_WARP;
+  auto fetch_batch = [&](int at, Batch b) {
+    if (b.t0 < 0) return;
+    unsigned char* const to = mine.batches[0] + at;
+    if constexpr (BY_PIECES) {
+      const int left = steps - b.t0, live = (count - b.c * PER_WARP) * ITEM;
+      i64 from[PARTS];
 #pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-          const int i = lane + r * 32, line = i / PIECES, piece = i % PIECES;
-          if (COPIES % 32 != 0 && i >= COPIES) continue;
-          copy_async<COPY>(mine.batches[0] + to + part * PART_BYTES + line_at(line, LINE_BYTES) + piece * COPY,
-                           (const char*)from + (part_tile * T + r * (32 / PIECES)) * step_bytes + part_c * (PER_WARP * ITEM),
-                           bytes_of(line, piece, left, live));
-        }
-      } else {
-        fetch_parts(mine.batches[0] + to, part_tile, part_c, part);
+      for (int part = 0; part < PARTS; part++) from[part] = mine.at[part][lane];
+#pragma unroll
+      for (int r = 0; r < ROUNDS; r++) {
+        const int i = lane + r * 32, line = i / PIECES, piece = i % PIECES;
+        if (COPIES % 32 != 0 && i >= COPIES) continue;
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+          copy_async_or_zero<COPY>(line < left && piece * COPY < live, to + part * PART_BYTES + line_at(line, LINE_BYTES) + piece * COPY,
+                                   (const char*)from[part] + (r > 0 ? r * (32 / PIECES) * shared.step_bytes[part] : 0));
       }
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) mine.at[part][lane] = from[part] + LINE * ITEM;
+      turn_back(0, PARTS, b);
+    } else {
+#pragma unroll 1
+      for (int part = 0; part < PARTS; part++) fetch_parts(to, b.t0, b.c, part);
     }
-  };
-  auto batch_fetched = [&]() {  // on to the next
-    part_c += BATCH;
-    if (part_c >= groups) part_c = 0, part_tile -= WARPS;
   };
   if constexpr (DIM_LAYOUT && BY_PIECES) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
-      mine.from[part][lane] = (i64)(address(part, 0, lane / PIECES % LINES, 0) + lane % PIECES * COPY);
+      mine.at[part][lane] = (i64)(address(part, 0, lane / PIECES % LINES, last_t0) + lane % PIECES * COPY);
+    mine.at[PARTS][lane] = (i64)p.du + (batch() * p.grad_batch + ch.first + (w.first + w.begin + last_t0 + lane / OUT_PIECES) *
+                                        p.grad_step) * ITEM + lane % OUT_PIECES * 16;
   }
+  // Once the first item of a batch has finished the last of the one before, that one leaves and the one after the next is
+  // copied: with the second item of each batch or, of one item, with what follows it, the next tile's first.
+  int pass_c = 1;  // group of the item at hand, when that is next
+  auto pass_batches = [&](int t0, int c) {
+    const Batch b = {c > 0 ? t0 : t0 + WARPS * T, c > 0 ? c - 1 : groups - 1};
+    flush(before(b));
+    fetch_batch(batch_after(c > 0 ? batch_after(batch_at) : batch_at), after(after(b)));
+    pass_c = b.c + BATCH + 1 > groups ? 1 : b.c + BATCH + 1 == groups ? 0 : b.c + BATCH + 1;
+    __syncwarp();  // what has left may be overwritten
+  };
   auto fetch_next = [&](int slot) {  // slot: where it begins in the ring
     if constexpr (KEPT_ROUNDS == 0 && !DIM_LAYOUT) {
       if (ahead_tile >= 0) fetch_item(mine.ring[0] + slot, ahead_tile, ahead_c);
@@ -693,34 +729,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   float* const own_elements = (float*)pinned(&mine.elements[0][0][channel][step]);
   const float* const own_rows = (const float*)pinned(&mine.elements[0][0][channel][0]);
 
-  const int last_tile = tiles - 1 - warp;
-  if (last_tile >= 0) {
-    fetch_bc(last_tile);
+  if (lane == 0) shared.last_t0[warp] = last_t0;
+  if (last_t0 >= 0) {
+    fetch_bc(last_t0);
     if constexpr (DIM_LAYOUT) {
 #pragma unroll 1
-      for (int i = 0; i < BATCHES - 1; i++) {
-        fetch_batch(i * BATCH_BYTES, 0, 1);
-        batch_fetched();
-      }
+      for (int i = 0; i < BATCHES - 1; i++) fetch_batch(i * BATCH_BYTES, i == 0 ? Batch{last_t0, 0} : after(Batch{last_t0, 0}));
     }
 #pragma unroll 1
     for (int i = 0; i < RING - 1; i++) fetch_next(i * SLOT_BYTES);
     copies_wait<RING - 2>();
     __syncwarp();
     Elements e;
-    stage_begin(e, own_raw, shared.groups[groups - 1].near[channel].x, last_tile, 0), stage_end(e);
-    stage_tail(e, steps - last_tile * T - step);
+    stage_begin(e, own_raw, shared.groups[groups - 1].near[channel].x, last_t0, 0), stage_end(e);
+    stage_tail(e, steps - last_t0 - step);
     put(own_elements, e);
     for (int i = lane; i < HALF; i += 32) (&mine.elements[1][0][0][0])[i] = 0.f;  // finished first, to be overwritten
   }
   int round = warp > 0 ? 0 : 1;  // parity of the turns that this warp has had of each group; nobody comes before its first
 #pragma unroll 1
-  for (int tile = last_tile; tile >= 0; tile -= WARPS, round ^= 1) {
+  for (int t0 = last_t0; t0 >= 0; t0 -= WARPS * T, round ^= 1) {
     copies_wait<0>();
-    store_bc(tile);
+    store_bc(t0);
     __syncwarp();
-    if (tile >= WARPS) fetch_bc(tile - WARPS);
-    int left = steps - tile * T - step;
+    if (t0 >= WARPS * T) fetch_bc(t0 - WARPS * T);
+    int left = steps - t0 - step;
     if (ROOMY) keep(left);
 
     float sum_B[PER][T], sum_C[PER][T];  // dB and dC
@@ -729,20 +762,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
       for (int t = 0; t < T; t++) sum_B[k][t] = sum_C[k][t] = 0.f;
 
-    char* out_next = first_out(tile);
+    char* out_next = first_out(t0);
 
     Group* group = shared.groups + (GROUPS == 1 ? here() : 0);  // or all of a single group is kept in registers
     BackwardTurn *own_turn = shared.turns[warp], *next_turn = shared.turns[warp + 1 < WARPS ? warp + 1 : 0];
-    float2* last_sums = &shared.groups[groups - 1].sums[lane];
 #pragma unroll 1
     for (int c = 0; c < groups; c++, group++, own_turn++, next_turn++) {
       copies_wait<KEEP_Y ? 0 : RING - 3>();
-      if (DIM_LAYOUT && batch_items == 1) copies_wait<0>();  // the item before copied the last of the next batch
+      if (DIM_LAYOUT && BATCH == 2 && groups % 2 != 0) copies_wait<0>();  // batches follow each other so soon
       __syncwarp();
-      if constexpr (DIM_LAYOUT) {
-        fetch_batch(batch_after(batch_after(batch_at)), place, batch_items);
-        if (place == batch_items - 1) batch_fetched();
-      }
+      if (DIM_LAYOUT && c == pass_c) pass_batches(t0, c);
       fetch_next(last_slot);
       const float* const rows = own_rows + half;
       float* const others = own_elements + (HALF - half);
@@ -771,7 +800,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       auto take_turn = [&]() {
         if (WARPS > 1) own_turn->wait(round);
       };
-      auto finish_last = [&]() { finish(others, near.y, *last_sums); };
+      auto finish_last = [&]() { finish(others, near.y, group->last_sums[lane]); };
       auto next_out = [&]() {
         out_at = out_next, out_next += out_over;
         out_count = c < own_groups ? left : 0;
@@ -785,8 +814,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (!LATE && q == 0) finish_last();
         if (q == QUADS / 2) {
           if (!LATE) next_out();
-          const int raw = !DIM_LAYOUT ? slot : place + 1 < batch_items ? batch_at + (place + 1) * PER_WARP * ITEM : batch_after(batch_at);
-          stage_begin(next, own_raw + raw, near.x, c + 1 == groups ? tile - WARPS : tile, c + 1 == groups ? 0 : c + 1);
+          const int next_c = c + 1 == groups ? 0 : c + 1;
+          if (DIM_LAYOUT && next_c % BATCH == 0) batch_at = batch_after(batch_at);
+          stage_begin(next, own_raw + (DIM_LAYOUT ? batch_at + next_c % BATCH * (PER_WARP * ITEM) : slot), near.x,
+                      c + 1 == groups ? t0 - WARPS * T : t0, next_c);
         }
         if (q == QUADS * 3 / 4) {
           stage_end(next);
@@ -807,13 +838,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       if (LANES > T) __syncwarp();  // a lane without steps of its own has read what is now overwritten
       put(others, next);
       __syncwarp();
-      if constexpr (DIM_LAYOUT) {
-        if (place == 0 && (c > 0 || tile < last_tile)) flush(c > 0 ? tile : tile + WARPS, c > 0 ? c - BATCH : last_batch);
+      if (DIM_LAYOUT)
         // from here on, of the item at hand, which the next one finishes
-        put_at = line_at(step, OUT_BYTES) + (place * PER_WARP + channel) * ITEM;
-        if (++place == batch_items)
-          place = 0, batch_at = batch_after(batch_at), batch_items = items_from(c + 1 < groups ? c + 1 : 0);
-      }
+        put_at = line_at(step, OUT_BYTES) + (c % BATCH * PER_WARP + channel) * ITEM;
 
       // ---- backward
       float carried[2 * PER], g[PER], dA[PER], dB_fixed[PER], dC_fixed[PER];
@@ -854,6 +881,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (SUM_Y) sums.y.add(q, y, lane);
         if (!ROOMY && t4 > 0) __syncwarp();
       }
+      if (PER > 2) get<128>(carried, group->carried + apart_at(lane, 2 * PER));  // no registers held the sums meanwhile
 #pragma unroll
       for (int k = 0; k < PER; k++) carried[k] = g[k], carried[PER + k] += dA[k];  // a tile at a time: long sums lose less
       set<128>(group->carried + apart_at(lane, 2 * PER), carried);
@@ -868,7 +896,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         for (int k = 0; k < PER; k++) at[k] += dC_fixed[k];
       }
       half = HALF - half;
-      last_sums = &group->sums[lane];
       if (WARPS > 1) {
         next_turn->pass();
       }
@@ -879,8 +906,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
       for (int k = 0; k < PER; k++) {
         sum_channels(sum[k], lane);
-        const int count = s * PER + k < STATE && channel % ALIKE == 0 ? steps - tile * T - own_share(channel) : 0;
-        float* const at = to + k * p.row_length + tile * T;
+        const int count = s * PER + k < STATE && channel % ALIKE == 0 ? steps - t0 - own_share(channel) : 0;
+        float* const at = to + k * p.row_length + (u32)t0;
 #pragma unroll
         for (int i = 0; i < SHARE; i += 4) {
           float v[4];
@@ -890,8 +917,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
       }
     };
-    if constexpr (!CONST_B) leave(sum_B, p.dB + mine.sums[lane], DTYPE == 0 ? 1.f : LN2);
-    if constexpr (!CONST_C) leave(sum_C, p.dC + mine.sums[lane], 1.f);
+    const i64 at_sums = mine.sums[lane_now()];
+    if constexpr (!CONST_B) leave(sum_B, p.dB + at_sums, DTYPE == 0 ? 1.f : LN2);
+    if constexpr (!CONST_C) leave(sum_C, p.dC + at_sums, 1.f);
     __syncwarp();  // nobody needs B and C any more
   }
 
@@ -899,10 +927,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   copies_wait<0>();
   if (WARPS > 1) shared.turns[warp][0].wait(round);
   __syncwarp();
-  if (last_tile >= 0) finish(own_elements + (HALF - half), shared.groups[0].near[channel].y, shared.groups[groups - 1].sums[lane]);
-  if constexpr (DIM_LAYOUT) {
-    __syncwarp();
-    if (last_tile >= 0) flush(last_tile % WARPS, last_batch);
+  if (again(shared.last_t0[warp]) >= 0) {
+    const Batch last = {again(shared.last_t0[warp]) % (WARPS * T), (groups - 1) / BATCH * BATCH};
+    if (DIM_LAYOUT && pass_c == 0) flush(before(last)), __syncwarp();
+    const int lane = lane_here(), s = slice_of(lane), channel = channel_of_lane(lane), step = s * STEPS < T ? s * STEPS : 0;
+    finish(&mine.elements[0][0][channel][step] + (HALF - half), shared.groups[0].near[channel].y, shared.groups[0].last_sums[lane]);
+    if constexpr (DIM_LAYOUT) {
+      __syncwarp();
+      flush(last);
+    }
   }
   if (WARPS > 1) {
     shared.turns[warp + 1 < WARPS ? warp + 1 : 0][0].pass();
@@ -913,14 +946,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const i64 part = PARTIALS ? task.slot * p.dim : 0;
 #pragma unroll 1
   for (int c = warp; c < groups; c += WARPS) {
+    const int lane = lane_here(), s = slice_of(lane), channel = channel_of_lane(lane);
     const int d = ch.first + c * PER_WARP + channel;
-    float2 total = owns ? shared.groups[c].sums[lane] : make_float2(0.f, 0.f);
+    float2 total = s * STEPS < T ? shared.groups[c + 1 < groups ? c + 1 : 0].last_sums[lane] : make_float2(0.f, 0.f);
 #pragma unroll
     for (int m = 1; m < LANES; m <<= 1) {
-      total.x += __shfl_xor_sync(0xffffffffu, total.x, m);
-      total.y += __shfl_xor_sync(0xffffffffu, total.y, m);
+      total.x += __shfl_xor_sync(0xffffffffu, total.x, m * SLICE_BIT);
+      total.y += __shfl_xor_sync(0xffffffffu, total.y, m * SLICE_BIT);
     }
-    if (!exists(c)) continue;
+    if (d >= ch.first + count) continue;
     float carried[2 * PER];
     get<128>(carried, shared.groups[c].carried + apart_at(lane, 2 * PER));
     if (HAS_D && s == 0) deposit(p.dD + part + d, total.x);

@@ -16,9 +16,8 @@
 //   CONST_B, CONST_C, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, PACKED: the problem's flags
 // and by the struct Params, which cuda.py generates from the list of fields that it fills.
 //
-// A warp holds PER_WARP = 32 / S channels at a time. Lane l holds PER = ceil(N / S) states n = s*PER .. s*PER + PER-1 of
-// channel l % PER_WARP, s = l / PER_WARP. So neighbouring lanes read B and C at one address, which shared memory serves
-// twice as fast as many. States beyond N and channels beyond dim are computed on zeros and never stored; steps beyond
+// A warp holds PER_WARP = 32 / S channels at a time. A lane holds PER = ceil(N / S) states n = s*PER .. s*PER + PER-1 of a
+// channel, s = slice_of(lane) and the channel channel_of_lane(lane). States beyond N and channels beyond dim are computed on zeros and never stored; steps beyond
 // the end have Δ = 0, which leaves h alone.
 
 typedef unsigned short u16;
@@ -102,6 +101,12 @@ DEVICE int here() {
   int zero;
   asm volatile("mov.s32 %0, 0;" : "=r"(zero));
   return zero;
+}
+// A thread's lane, likewise, where ptxas would see through `here` and keep what follows from it.
+DEVICE int lane_here() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
 }
 // v as it lies in shared memory, which no register holds from an earlier look.
 DEVICE int again(const int& v) { return *(const volatile int*)&v; }
@@ -190,17 +195,35 @@ DEVICE float step_slope(float raw, float e, float scale) {
 #endif
 }
 
-// N neighbours, aligned where 4 or 2 divide N, from and to shared memory. Where 4 does, vectors of four may lie STRIDE
-// apart, so that lanes next to each other have theirs next to each other: they would meet at a bank, if each had all of
-// its vectors in a row.
+// A lane's slice and channel. Shared memory serves a warp's vectors of 16 bytes twice as fast where every lane's address is
+// that of the lane across bit 0 or where it is that of the lane across bit 1: bit 0 tells channels apart, so that B and C
+// are such, and bit 1 slices, so that a channel's steps are.
+constexpr int SLICE_BIT = LANES < 32 ? 2 : 1;               // of a lane's number, the first that tells slices apart
+DEVICE constexpr int slice_of(int lane) { return LANES == 32 ? lane : lane / SLICE_BIT % LANES; }
+DEVICE constexpr int channel_of_lane(int lane) {
+  return LANES == 32 ? 0 : lane % SLICE_BIT + lane / (LANES * SLICE_BIT) * SLICE_BIT;
+}
+
+// Vectors of four from and to shared memory, that of v[i] on at place(i).
+template <int N, class Place>
+DEVICE void get_vectors(float (&v)[N], const float* from, Place place) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const float4 q = *(const float4*)(from + place(i));
+    v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
+  }
+}
+template <int N, class Place>
+DEVICE void set_vectors(float* to, const float (&v)[N], Place place) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) *(float4*)(to + place(i)) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+}
+// N neighbours, aligned where 4 or 2 divide N. Where 4 does, vectors of four may lie STRIDE apart, so that lanes next to
+// each other have theirs next to each other: they would meet at a bank, if each had all of its vectors in a row.
 template <int STRIDE = 4, int N>
 DEVICE void get(float (&v)[N], const float* from) {
   if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 q = *(const float4*)(from + i / 4 * STRIDE);
-      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
-    }
+    get_vectors(v, from, [](int i) { return i / 4 * STRIDE; });
   } else if constexpr (N % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
@@ -215,8 +238,7 @@ DEVICE void get(float (&v)[N], const float* from) {
 template <int STRIDE = 4, int N>
 DEVICE void set(float* to, const float (&v)[N]) {
   if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) *(float4*)(to + i / 4 * STRIDE) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    set_vectors(to, v, [](int i) { return i / 4 * STRIDE; });
   } else if constexpr (N % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) *(float2*)(to + i) = make_float2(v[i], v[i + 1]);
@@ -480,7 +502,7 @@ struct Turn {
 constexpr int QUADS = TILE / 4;
 constexpr int TILE_PITCH = TILE + 4;
 constexpr int SKEW = DIM_LAYOUT && PER_WARP > 8 ? 512 / (PER_WARP * ITEM) : 0;  // of every further eight channels
-constexpr int TILE_FLOATS = PER_WARP * TILE_PITCH + (PER_WARP / 8 - (PER_WARP >= 8)) * SKEW;
+constexpr int TILE_FLOATS = PER_WARP * TILE_PITCH + (PER_WARP / 8 - 1) * SKEW;
 DEVICE int tile_at(int channel, int step) { return channel * TILE_PITCH + channel / 8 * SKEW + step; }
 DEVICE void four_steps(float (&v)[4], const float* tile, int channel, int step) { get(v, tile + tile_at(channel, step)); }
 // What is one for a whole channel lies beside its tile, where the padding is: four channels' at the first of them.
@@ -488,11 +510,7 @@ DEVICE int beside(int channel) { return tile_at(channel / 4 * 4, TILE) + channel
 template <int N>
 DEVICE void constants(float (&v)[N], const float* tile, int channel) {
   if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 q = *(const float4*)(tile + beside(channel + i));
-      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
-    }
+    get_vectors(v, tile, [&](int i) { return beside(channel + i); });
   } else {
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] = tile[beside(channel + i * NEXT_C)];
@@ -500,21 +518,10 @@ DEVICE void constants(float (&v)[N], const float* tile, int channel) {
 }
 // A channel's steps of a tile that are the lane's own.
 DEVICE void get_own(float (&v)[OWN_T], const float* first) {
-  if constexpr (OWN_T == EACH) {
-    get(v, first);
-  } else {
-#pragma unroll
-    for (int t = 0; t < OWN_T; t += 4) {
-      const float4 q = *(const float4*)(first + later(t));
-      v[t] = q.x, v[t + 1] = q.y, v[t + 2] = q.z, v[t + 3] = q.w;
-    }
-  }
+  if constexpr (OWN_T == EACH) get(v, first);
+  else get_vectors(v, first, [](int i) { return later(i); });
 }
 DEVICE void set_own(float* first, const float (&v)[OWN_T]) {
-  if constexpr (OWN_T == EACH) {
-    set(first, v);
-  } else {
-#pragma unroll
-    for (int t = 0; t < OWN_T; t += 4) *(float4*)(first + later(t)) = make_float4(v[t], v[t + 1], v[t + 2], v[t + 3]);
-  }
+  if constexpr (OWN_T == EACH) set(first, v);
+  else set_vectors(first, v, [](int i) { return later(i); });
 }

@@ -138,14 +138,14 @@ DEVICE void projected(float (&v)[PER], const float* tile, int step, int slice, c
   }
 }
 
-// Sum each v[i] over the lanes of a channel (lane bits from PER_WARP up) and spread the sums: at each bit a lane keeps
+// Sum each v[i] over the lanes of a channel (lane bits from SLICE_BIT up) and spread the sums: at each bit a lane keeps
 // half of its values and hands on the other half, while there are halves; what is left is summed in full. Of G steps,
 // slice s is left with the G / LANES steps from first_step(s) on, at least one.
 template <int G>
 DEVICE void reduce_steps(float (&v)[G], int lane) {
   int count = G;
 #pragma unroll
-  for (int m = 16; m >= PER_WARP; m >>= 1) {
+  for (int m = SLICE_BIT * LANES / 2; m >= SLICE_BIT; m >>= 1) {
     if (count > 1) {
       const bool upper = lane & m;
       count >>= 1;
@@ -201,7 +201,7 @@ struct Turns {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan(const Params p) {
   extern __shared__ __align__(16) float shared[];
-  const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, s = lane / PER_WARP, channel = lane % PER_WARP;
+  const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, s = slice_of(lane), channel = channel_of_lane(lane);
   float* const bc_tile = shared + (RELAY ? warp * BC_TILES * BC_FLOATS : 0);  // [2, or warp][B then C]
   float* const dt_tile = shared + BC_COPIES * BC_TILES * BC_FLOATS + warp * WARP_FLOATS;
   float* const x_tile = dt_tile + TILE_FLOATS;
