@@ -220,7 +220,7 @@ class Op:
 
     def _resolve(self, problem, device: Device, backend: str, config: Any) -> Choice:
         if config is not None:
-            name = type(config).__module__.rpartition(".")[2]
+            name = _owner(config)
             if backend not in ("auto", name):
                 got = type(config).__qualname__
                 raise TypeError(f"config: expected a Config of backend {backend!r}, got {got} of {name!r}")
@@ -346,6 +346,11 @@ def config_from_dict(config_type: type, values: dict[str, Any]) -> Any:
     return built
 
 
+def _owner(config: Any) -> str:
+    """The backend whose Config that is: the file's name up to an underscore."""
+    return type(config).__module__.rpartition(".")[2].partition("_")[0]
+
+
 def encode_choice(backend: str, forward: Any, backward: Any) -> str:
     """An explicit backend and configurations as the string that travels through the registered torch op.
 
@@ -355,8 +360,7 @@ def encode_choice(backend: str, forward: Any, backward: Any) -> str:
     for direction, config in (("forward", forward), ("backward", backward)):
         if config is not None:
             values = [f"{f.name!r}: {getattr(config, f.name)!r}" for f in dataclasses.fields(config)]
-            owner = type(config).__module__.rpartition(".")[2]
-            parts.append(f"{direction!r}: ({owner!r}, {{{', '.join(values)}}})")
+            parts.append(f"{direction!r}: ({_owner(config)!r}, {{{', '.join(values)}}})")
     return "" if parts == ["'backend': 'auto'"] else f"{{{', '.join(parts)}}}"
 
 

@@ -53,7 +53,7 @@ SPLIT = {
         "backward": dataclasses.replace(BACKWARD, warps=8, groups=3, splits=4),
     },
     "few-warps": {"forward": Config(16, 1, 16), "backward": dataclasses.replace(BACKWARD, warps=1, groups=8)},
-    "wide": {"forward": Config(4, 8, 32, splits=2), "backward": Config(16, 8, 8, splits=2, relay=1)},
+    "wide": {"forward": Config(4, 8, 32, splits=2), "backward": Config(16, 8, 8, splits=2, groups=2, relay=1)},
     "keeps-y": {"forward": dataclasses.replace(FORWARD, keep_y=True), "backward": BACKWARD},
     "keeps-y-and-few-states": {
         "forward": dataclasses.replace(FORWARD, keep_y=True, checkpoint=64, splits=2),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from scan_kernels import BackendUnavailable, fastest, reference, selective_scan, selective_scan_fn
-from scan_kernels.op import encode_choice
+from scan_kernels.op import decode_choice, encode_choice
 from scan_kernels.selective_scan import OP, _scan, _scan_backward
 from scan_kernels.selective_scan.backends import chunked
 from scan_kernels.selective_scan.problem import Problem
@@ -477,6 +477,17 @@ def test_bad_offsets(offsets):
     a = arguments(batch=1, optional=False, cu_seqlens=torch.tensor(offsets))
     with pytest.raises(ValueError, match=r"cu_seqlens: expected non-decreasing offsets from 0 to length=20, got \["):
         scan(**a)
+
+
+FIELDS = {"chunked": (), "cpu": (1, 64), "cuda": (4, 1, 16), "triton": (16, 16, 1)}  # of a configuration of each backend
+
+
+@pytest.mark.parametrize("name", OP.backends)
+def test_a_configuration_is_known_by_its_backend(name):
+    if not isinstance(OP.backends[name], types.ModuleType):
+        pytest.skip(OP.backends[name])
+    config = OP.backends[name].Config(*FIELDS[name])
+    assert decode_choice(OP, encode_choice("auto", config, None), "forward") == ("auto", config)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "no-such-backend"])

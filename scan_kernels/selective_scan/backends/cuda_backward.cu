@@ -45,7 +45,8 @@ constexpr bool LATE = GROUPS < WARPS && LANES <= 16;
 static_assert(LANES >= 4 && PER * T <= 32 && T >= 4 && T <= 16 && CHECKPOINT == T && GROUPS >= 1 + DIM_LAYOUT,
               "invalid configuration");
 
-constexpr int STEPS = LANES < T ? T / LANES : 1;            // that a lane owns of its channel's, from s STEPS on
+constexpr int STEPS = LANES < T ? T / LANES : 1;            // that a lane owns of its channel's, from own_step on
+DEVICE constexpr int own_step(int lane) { return slice_of(lane) * STEPS < T ? slice_of(lane) * STEPS : 0; }
 
 // Add (or, for partial sums, store) four neighbours of which `count` exist.
 DEVICE void deposit(float* to, float4 v, int count) {
@@ -164,34 +165,37 @@ struct Projection {
   static constexpr int COUNT = (ITEMS + 31) / 32;
   static constexpr int RAW = ITEM * COUNT * 32;  // words that are copied
 
-  static DEVICE bool place(int k, int& n, int& t) {
-    const int i = ((int)threadIdx.x & 31) + k * 32;
+  static DEVICE int lane_now() { return ROOMY ? (int)threadIdx.x & 31 : lane_here(); }
+  static DEVICE bool place(int lane, int k, int& n, int& t) {
+    const int i = lane + k * 32;
     if (AXIS == 0) t = i % QUADS * 4, n = i / QUADS;
     else n = i % (STATES / 4) * 4, t = i / (STATES / 4);
     return ITEMS % 32 == 0 || i < ITEMS;
   }
-  // row: B or C at the row's first step; t0: the tile's first; count: steps of the tile that exist
+  // row: B or C at the span's first step; t0: the tile's first; count: steps of the tile that exist
   static DEVICE void fetch(u32* raw, const scalar* row, i64 state_stride, i64 step_stride, int t0, int count) {
     if constexpr (VECTOR) {
+      const int lane = lane_now();
 #pragma unroll
       for (int k = 0; k < COUNT; k++) {
         int n, t;
-        if (!place(k, n, t)) continue;
+        if (!place(lane, k, n, t)) continue;
         const int left = AXIS == 0 ? (n < STATE ? count - t : 0) : t < count ? STATE - n : 0;
-        copy_async<4 * ITEM>(raw + (k * 32 + (threadIdx.x & 31)) * ITEM, row + n * state_stride + (t0 + t) * step_stride,
+        copy_async<4 * ITEM>(raw + (k * 32 + lane) * ITEM, row + n * state_stride + (t0 + t) * step_stride,
                              (left < 0 ? 0 : left > 4 ? 4 : left) * ITEM);
       }
     }
   }
   static DEVICE void store(float* tile, const u32* raw, const scalar* row, i64 state_stride, i64 step_stride, int t0, int count,
                            float scale) {
+    const int lane = lane_now();
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
       int n, t;
-      if (!place(k, n, t)) continue;
+      if (!place(lane, k, n, t)) continue;
       float v[4];
       if constexpr (VECTOR) {
-        const u32* const mine = raw + (k * 32 + (threadIdx.x & 31)) * ITEM;
+        const u32* const mine = raw + (k * 32 + lane) * ITEM;
 #pragma unroll
         for (int j = 0; j < 4; j++) v[j] = ITEM == 2 && j & 1 ? high(mine[j * ITEM / 4]) : low(mine[j * ITEM / 4]);
       } else {
@@ -305,7 +309,7 @@ struct alignas(16) Warp {
 typedef Turn<TURN_ARRIVALS> BackwardTurn;
 struct Shared {
   Task task;
-  const void *row_B, *row_C;              // of the row's first step
+  const void *row_B, *row_C;              // of the span's first step
   i64 step_bytes[DIM_LAYOUT ? 6 : 2];     // from step to step of each part, and of du
   int last_t0[WARPS];                     // for the end, so that no register holds it meanwhile
   BackwardTurn turns[WARPS][GROUPS];     // when a warp may have a group
@@ -321,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   keep(lane);
   const int tid = (int)threadIdx.x, warp = __shfl_sync(0xffffffffu, tid >> 5, 0), s = slice_of(lane), channel = channel_of_lane(lane);
   const bool owns = s * STEPS < T;
-  const int step = owns ? s * STEPS : 0;
+  const int step = own_step(lane);
   Warp& mine = shared.warps[warp];
   auto lane_now = [&]() { return ROOMY ? lane : lane_here(); };  // of use once a tile
   // An address within `mine` that, where registers allow, is not computed anew at each use.
@@ -344,8 +348,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       shared.step_bytes[2] = p.dout_step * ITEM, shared.step_bytes[PARTS] = p.grad_step * ITEM;
       if (HAS_Z) shared.step_bytes[3] = p.z_step * ITEM;
     }
-    shared.row_B = (const scalar*)p.B + row * p.B_batch + task.ch.group * p.B_group + task.w.first * p.B_step;
-    shared.row_C = (const scalar*)p.C + row * p.C_batch + task.ch.group * p.C_group + task.w.first * p.C_step;
+    const i64 begin = task.w.first + task.w.begin;
+    shared.row_B = (const scalar*)p.B + row * p.B_batch + task.ch.group * p.B_group + begin * p.B_step;
+    shared.row_C = (const scalar*)p.C + row * p.C_batch + task.ch.group * p.C_group + begin * p.C_step;
   }
   if (WARPS > 1)
     for (int i = lane; i < GROUPS; i += 32) shared.turns[warp][i].begin();
@@ -443,14 +448,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     }
   };
   auto fetch_bc = [&](int t0) {
-    t0 += w.begin;
-    if constexpr (!CONST_B) Projection_B::fetch(mine.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0);
-    if constexpr (!CONST_C) Projection_C::fetch(mine.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0);
+    if constexpr (!CONST_B) Projection_B::fetch(mine.raw_B, row_B(), p.B_state, p.B_step, t0, steps - t0);
+    if constexpr (!CONST_C) Projection_C::fetch(mine.raw_C, row_C(), p.C_state, p.C_step, t0, steps - t0);
   };
   auto store_bc = [&](int t0) {
-    t0 += w.begin;
-    if constexpr (!CONST_B) Projection_B::store(mine.B, mine.raw_B, row_B(), p.B_state, p.B_step, t0, w.end - t0, B_SCALE);
-    if constexpr (!CONST_C) Projection_C::store(mine.C, mine.raw_C, row_C(), p.C_state, p.C_step, t0, w.end - t0, 1.f);
+    if constexpr (!CONST_B) Projection_B::store(mine.B, mine.raw_B, row_B(), p.B_state, p.B_step, t0, steps - t0, B_SCALE);
+    if constexpr (!CONST_C) Projection_C::store(mine.C, mine.raw_C, row_C(), p.C_state, p.C_step, t0, steps - t0, 1.f);
   };
   // four steps of B or C of this lane's state k
   auto four = [&](float (&v)[4], const float* tile, int k, int t4) { get(v, tile + k * BETWEEN + s * PITCH + t4); };
@@ -689,11 +692,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   // Once the first item of a batch has finished the last of the one before, that one leaves and the one after the next is
   // copied: with the second item of each batch or, of one item, with what follows it, the next tile's first.
   int pass_c = 1;  // group of the item at hand, when that is next
+  Batch leaving = before({last_t0, 0}), copied = after(after({last_t0, 0}));
   auto pass_batches = [&](int t0, int c) {
-    const Batch b = {c > 0 ? t0 : t0 + WARPS * T, c > 0 ? c - 1 : groups - 1};
-    flush(before(b));
-    fetch_batch(batch_after(c > 0 ? batch_after(batch_at) : batch_at), after(after(b)));
-    pass_c = b.c + BATCH + 1 > groups ? 1 : b.c + BATCH + 1 == groups ? 0 : b.c + BATCH + 1;
+    if (!ROOMY) {  // no registers held them meanwhile
+      const Batch first = {c > 0 ? t0 : t0 + WARPS * T, c > 0 ? c - 1 : groups - 1};
+      leaving = before(first), copied = after(after(first));
+    }
+    flush(leaving), leaving = after(leaving);
+    fetch_batch(batch_after(c > 0 ? batch_after(batch_at) : batch_at), copied), copied = after(copied);
+    pass_c = (c > 0 ? c : groups) + BATCH;
+    pass_c = pass_c > groups ? 1 : pass_c == groups ? 0 : pass_c;
     __syncwarp();  // what has left may be overwritten
   };
   auto fetch_next = [&](int slot) {  // slot: where it begins in the ring
@@ -753,7 +761,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     store_bc(t0);
     __syncwarp();
     if (t0 >= WARPS * T) fetch_bc(t0 - WARPS * T);
-    int left = steps - t0 - step;
+    int left = steps - t0 - own_step(lane_now());
     if (ROOMY) keep(left);
 
     float sum_B[PER][T], sum_C[PER][T];  // dB and dC
@@ -930,8 +938,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   if (again(shared.last_t0[warp]) >= 0) {
     const Batch last = {again(shared.last_t0[warp]) % (WARPS * T), (groups - 1) / BATCH * BATCH};
     if (DIM_LAYOUT && pass_c == 0) flush(before(last)), __syncwarp();
-    const int lane = lane_here(), s = slice_of(lane), channel = channel_of_lane(lane), step = s * STEPS < T ? s * STEPS : 0;
-    finish(&mine.elements[0][0][channel][step] + (HALF - half), shared.groups[0].near[channel].y, shared.groups[0].last_sums[lane]);
+    const int lane = lane_here(), channel = channel_of_lane(lane);
+    finish(&mine.elements[0][0][channel][own_step(lane)] + (HALF - half), shared.groups[0].near[channel].y, shared.groups[0].last_sums[lane]);
     if constexpr (DIM_LAYOUT) {
       __syncwarp();
       flush(last);
