@@ -479,7 +479,8 @@ def test_bad_offsets(offsets):
         scan(**a)
 
 
-FIELDS = {"chunked": (), "cpu": (1, 64), "cuda": (4, 1, 16), "triton": (16, 16, 1)}  # of a configuration of each backend
+# fields of a configuration of each backend
+FIELDS = {"chunked": (), "cpu": (1, 64), "cuda": (4, 1, 16), "triton": (16, 16, 1)}
 
 
 @pytest.mark.parametrize("name", OP.backends)
