@@ -4,8 +4,8 @@
 // over one span of a row. Its warps take the span's tiles of TILE steps in turn, last first, and walk all groups of a
 // tile, each an item behind the warp before it: the adjoint of a group passes from warp to warp through shared memory
 // (Turn), so that time runs in parallel as well as channels. For an item, a group of channels over a tile, a lane
-//   copies    u, delta, dout, z and the kept states of the item three ahead, by cp.async, into a ring (of channel-contiguous
-//             tensors one of the four, of a whole BATCH of items: as many channels as make a sector of memory)
+//   copies    u, delta, dout, z and the kept states of the item three ahead, by cp.async, into a ring (where channels are
+//             contiguous, the four of a whole BATCH of items at a time: as many channels as make a sector of memory)
 //   finishes  the item before: du, ddelta, dz of the steps it owns, to device memory
 //   stages    the next item: dt = Δ log2(e), x = Δu, dy = dout silu(z) and what `finish` needs, for the steps it owns
 //   sweeps    forward through the tile from the kept state, keeping h and exp(ΔA) of its states in registers; then back:
@@ -15,7 +15,7 @@
 //             quarter of the instructions, but a GPU that uses them lowers its clock: an H100 from 1980 to 1800 MHz.)
 // and after the tile's last group the warp sums its dB and dC over its channels, which then reach device memory.
 // Copies, finish and stage are independent of the sweep around them and fill the gaps of its chains; between the waits
-// for copies and for the turn, an item has no branch but, of channel-contiguous tensors, those around a batch.
+// for copies and for the turn, an item has no branch but, where channels are contiguous, that for a batch.
 //
 // The states that enter tiles (CHECKPOINT is TILE) are those that the forward kept or, where it kept fewer, those that
 // the scan's MODE 3 wrote from them just before. What that takes is bounded: a launch is for a window of rows and time,
@@ -30,8 +30,8 @@
 // for PER x 4 of them; per step and channel, of its LANES, 3 x 4 (LANES - 1) / LANES instructions for the sums over states
 // (2 x without z). In all, of bf16 and 16 states, about 815 instructions an item of 32 (state, step), 125 of them
 // addresses, selects and waits, and 400 a tile. Float32 data take 8 more for their decays. Registers: 4 PER TILE for dB,
-// dC, h and decays, and about 110, which is why PER x TILE is at most 32. Shared memory moves about 240 times 128 bytes
-// an item.
+// dC, h and decays, and about 110, which is why PER x TILE is at most 32. Shared memory is busy with an item for about 180
+// cycles, 43 of them for shuffles.
 
 constexpr int T = TILE;
 constexpr bool SUM_Y = HAS_Z && !KEEP_Y;                    // y = C h + D u is computed anew
@@ -83,7 +83,9 @@ DEVICE void deposit(float* to, float v) {
 // words that hold it are copied, and what it is shifted by is found again from its address.
 //
 // Where channels are contiguous, an item's are less than memory moves at a time (a sector of 32 bytes), so BATCH items
-// share lines: they copy the parts of the batch after the next in turn, and their results leave together.
+// share lines: the batch after the next is copied at once, and a batch's results leave together. Where a channel has a warp
+// of its own, half a sector is enough: its states are so many that fetching a sector twice does not tell, and shared memory
+// is short.
 
 constexpr int PARTS = HAS_Z ? 4 : 3;                        // u, delta, dout, z
 constexpr int BATCH = !DIM_LAYOUT ? 1 : PER_WARP * ITEM > 16 ? 2 : (LANES < 32 ? 32 : 16) / (PER_WARP * ITEM);
@@ -545,7 +547,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const int last_t0 = (tiles - 1 - warp) * T;
   auto before = [&](Batch b) { return b.c > 0 ? Batch{b.t0, b.c - BATCH} : Batch{b.t0 + WARPS * T, (groups - 1 + here()) / BATCH * BATCH}; };
   auto after = [&](Batch b) { return b.c + BATCH < groups ? Batch{b.t0, b.c + BATCH} : Batch{b.t0 - WARPS * T, 0}; };
-  // After a tile's last batch: where the lane's first piece of the next lies, as if it came next in the same lines.
+  // After a tile's last batch, from where the next would lie in the same lines to the first of another tile.
   auto turn_back = [&](int first, int end, Batch b) {
     if (b.c + BATCH < groups) return;
 #pragma unroll 1

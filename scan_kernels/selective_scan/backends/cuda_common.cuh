@@ -17,8 +17,8 @@
 // and by the struct Params, which cuda.py generates from the list of fields that it fills.
 //
 // A warp holds PER_WARP = 32 / S channels at a time. A lane holds PER = ceil(N / S) states n = s*PER .. s*PER + PER-1 of a
-// channel, s = slice_of(lane) and the channel channel_of_lane(lane). States beyond N and channels beyond dim are computed on zeros and never stored; steps beyond
-// the end have Δ = 0, which leaves h alone.
+// channel, with s = slice_of(lane) and the channel channel_of_lane(lane). States beyond N and channels beyond dim are
+// computed on zeros and never stored; steps beyond the end have Δ = 0, which leaves h alone.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
