@@ -200,6 +200,7 @@ class FakeGpu:
 H100 = dataclasses.replace(CPU, kind="cuda", name="NVIDIA H100 80GB HBM3", arch="sm_90", units=132, l2_bytes=50 << 20)
 
 
+@pytest.mark.alone
 def test_on_a_gpu_the_flush_is_outside_the_events(monkeypatch):
     gpu = FakeGpu(monkeypatch)
     monkeypatch.setattr(timer, "_flush", lambda device: gpu.kernel(50e-6))

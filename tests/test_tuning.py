@@ -145,6 +145,7 @@ def test_a_candidate_that_is_wrong_or_breaks_its_process_is_a_trial_and_the_righ
     assert {"date", "clocks", "seconds", "default"} <= kept.keys()
 
 
+@pytest.mark.alone
 def test_what_comes_next_is_compiled_while_a_candidate_is_timed(monkeypatch, tmp_path):
     monkeypatch.setenv("FAULTS_LOG", str(tmp_path))
     monkeypatch.setitem(OP.__dict__, "backends", {"slow": slow_to_compile()})
