@@ -48,6 +48,9 @@ class Kernel:
             files, fields, defines, name = self._source
             module = cupy.RawModule(code=source(files, fields, defines), options=OPTIONS)
             raw = module.get_function(name)
+            most = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+            if shared_bytes > most:
+                raise ValueError(f"config: expected at most {most} bytes of shared memory a block, got {shared_bytes}")
             if shared_bytes > 40 * 1024:  # up to 48 KB, static shared memory included, need no leave
                 raw.max_dynamic_shared_size_bytes = shared_bytes
             # not the RawKernel, which looks up the device and this in every call

@@ -310,6 +310,26 @@ def test_launches_from_several_threads_do_not_mix(monkeypatch, launches):
     assert all(len(values) == 2 and 5 in values for values in seen)
 
 
+UNFIT = {
+    "backward of a single group": ("backward", cuda.Config(8, 4, 16, relay=1), "at least 2 groups"),
+    "backward without turns": ("backward", cuda.Config(8, 4, 16), "relay=1"),
+    "backward of long tiles": ("backward", cuda.Config(4, 4, 16, groups=2, relay=1), "4 to 16 steps"),
+    "forward of short tiles": ("forward", cuda.Config(2, 4, 8), "a tile of 16"),
+    "relay of many states": ("forward", cuda.Config(2, 4, 16, relay=1), "at most 4 states"),
+    "relay without turns": ("forward", cuda.Config(4, 4, 16, groups=4, relay=1), "warps a multiple of groups"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_configuration_of_which_no_kernel_can_be_made_is_one_clear_error(name, launches):
+    direction, config, expected = UNFIT[name]
+    case = Case("", dim=40, length=70, dtype="bfloat16", layout="dim")
+    with pytest.raises(ValueError, match=f"^config: .*{expected}"):
+        getattr(cuda, f"prepare_{direction}")(
+            case.problem(direction, "cuda", training=True), *posed(case, direction), config
+        )
+
+
 def test_a_launch_rejects_a_field_that_the_kernel_has_not(launches):
     launch = Kernel((), {"u": "void*"}, {}, "scan").prepare(1, 32, 0, {})
     with pytest.raises(KeyError, match="v"):

@@ -34,6 +34,7 @@ from .cuda_configs import (
     power_of_two,
     shared_bytes,
     spans,
+    unfit,
 )
 from .cuda_configs import configs as configs
 from .cuda_configs import valid as valid
@@ -222,6 +223,8 @@ def _describe(
     problem: Problem, i: Inputs, config: Config, like_u: dict[str, Tensor]
 ) -> tuple[list[Variant], dict[str, int]]:
     """The kernels of a call and the parameters that they share, but for the pointers: see ``_pointers``."""
+    if wrong := unfit(problem, config):
+        raise ValueError(f"config: {wrong}")
     sequence = {"u": i.u, "delta": i.delta, **({"z": i.z} if i.z is not None else {}), **like_u}
     first, expanding = _entering(problem, config), _expanding(problem, config)
     axis, width = (1 if problem.layout == "dim" else 2), _own_width(problem, config)

@@ -39,6 +39,7 @@ constexpr int RING = 4;                                     // items in flight, 
 // where registers allow: from 10.0 on, ptxas needs more of them, here and below
 constexpr bool LOAD_AHEAD = DTYPE != 0 && !CONST_B && !CONST_C && !(PER > 2 && __CUDA_ARCH__ >= 1000);
 constexpr bool ROOMY = LOAD_AHEAD && LANES <= 16;           // where they allow more
+DEVICE int lane_now() { return ROOMY ? (int)threadIdx.x & 31 : lane_here(); }  // of use once a tile
 // With fewer groups than warps, a warp waits for its turn, and finishes the item before, between its sweeps, so that turns
 // are shorter. Where nobody would wait, that is 0.4 % slower.
 constexpr bool LATE = GROUPS < WARPS && LANES <= 16;
@@ -107,6 +108,7 @@ constexpr int MOST_KEPT = DTYPE != 1 && __CUDA_ARCH__ >= 1000 ? 1 : 2;
 constexpr int KEPT_ROUNDS = !DIM_LAYOUT && ROUNDS <= MOST_KEPT && PART_BYTES == LINES * LINE_BYTES ? ROUNDS : 0;
 constexpr int KEPT_COPY = STATE % 4 == 0 && PER_WARP * STATE >= 128 ? 16 : STATE % 2 == 0 ? 8 : 4;
 constexpr int KEPT_PIECES = STATE * 4 / KEPT_COPY, KEPT_STEPS = (PER_WARP * KEPT_PIECES + 31) / 32;
+constexpr int KEPT_UNROLLED = KEPT_STEPS > 2 ? 1 : 2;       // an odd number of more than 64 states of a single channel
 constexpr int KEPT_BYTES = PER_WARP * STATES * 4;
 constexpr int KEPT_AT = DIM_LAYOUT ? 0 : PARTS * PART_BYTES, SLOT_BYTES = KEPT_AT + KEPT_BYTES;
 // Results of a batch, du, ddelta and dz, as they will lie in memory: lines of pieces of 16 bytes.
@@ -167,7 +169,6 @@ struct Projection {
   static constexpr int COUNT = (ITEMS + 31) / 32;
   static constexpr int RAW = ITEM * COUNT * 32;  // words that are copied
 
-  static DEVICE int lane_now() { return ROOMY ? (int)threadIdx.x & 31 : lane_here(); }
   static DEVICE bool place(int lane, int k, int& n, int& t) {
     const int i = lane + k * 32;
     if (AXIS == 0) t = i % QUADS * 4, n = i / QUADS;
@@ -306,7 +307,7 @@ struct alignas(16) Warp {
   alignas(16) u32 y[KEEP_Y ? 32 : 1][(STEPS * ITEM + 3) / 4];  // of the lane's steps of the item at hand
 };
 #ifndef TURN_ARRIVALS
-#define TURN_ARRIVALS (DIM_LAYOUT ? 32 : 1)   // where channels are contiguous, the other way is slower
+#define TURN_ARRIVALS (DIM_LAYOUT && !LATE ? 32 : 1)   // where channels are contiguous, one is slower but where turns bind
 #endif
 typedef Turn<TURN_ARRIVALS> BackwardTurn;
 struct Shared {
@@ -329,7 +330,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const bool owns = s * STEPS < T;
   const int step = own_step(lane);
   Warp& mine = shared.warps[warp];
-  auto lane_now = [&]() { return ROOMY ? lane : lane_here(); };  // of use once a tile
   // An address within `mine` that, where registers allow, is not computed anew at each use.
   auto pinned = [&](const void* at) {
     int offset = (int)((const unsigned char*)at - memory);
@@ -441,8 +441,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int live = count - c * PER_WARP;
     fetch_parts(to, tile * T, c, 0);
     const float* const from = p.states + ((w.states + w.begin / T + tile) * p.dim + ch.first + c * PER_WARP) * STATE;
-#pragma unroll
-    for (int r = 0; r < (PER_WARP * KEPT_PIECES + 31) / 32; r++) {
+#pragma unroll(KEPT_UNROLLED)
+    for (int r = 0; r < KEPT_STEPS; r++) {
       const int i = lane + r * 32, line = i / KEPT_PIECES, piece = i % KEPT_PIECES;
       if (PER_WARP * KEPT_PIECES % 32 != 0 && i >= PER_WARP * KEPT_PIECES) continue;
       copy_async<KEPT_COPY>(to + KEPT_AT + (line * STATES + state_at(piece * (KEPT_COPY / 4))) * 4,
@@ -557,8 +557,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   auto flush = [&](Batch b) {  // its results, to device memory
     const int left = steps - b.t0, live = count - b.c * PER_WARP;
     if (left <= 0) return;  // before the first
-    char* const du = (char*)mine.at[BY_PIECES ? PARTS : 0][BY_PIECES ? lane : 0];
-    __builtin_assume(__isGlobal(du));  // which an address from shared memory does not show
+    char* du = nullptr;
+    if constexpr (BY_PIECES) {
+      du = (char*)mine.at[PARTS][lane];
+      __builtin_assume(__isGlobal(du));  // which an address from shared memory does not show
+    }
 #pragma unroll
     for (int r = 0; r < OUT_ROUNDS; r++) {
       const int i = lane + r * 32, line = i / OUT_PIECES, first = i % OUT_PIECES * (16 / ITEM), at = line_at(line, OUT_BYTES) + first * ITEM;
@@ -715,12 +718,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (COPIES % 32 == 0 || lane + r * 32 < COPIES)
           copy_async_or_zero<COPY>((unsigned)ahead_tile < (unsigned)tiles_below[r] && ahead_c < groups_below[r],
                                    copy_to + slot + r * 32 * COPY, ahead_from[r]);
-#pragma unroll
+#pragma unroll(KEPT_UNROLLED)
       for (int r = 0; r < KEPT_STEPS; r++) {
         const int i = lane + r * 32, line = i / KEPT_PIECES;
         unsigned char* const place = mine.ring[0] + slot + KEPT_AT + (line * STATES + state_at(i % KEPT_PIECES * (KEPT_COPY / 4))) * 4;
         if (PER_WARP * KEPT_PIECES % 32 == 0 || i < PER_WARP * KEPT_PIECES)
-          copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[r],
+          copy_async_or_zero<KEPT_COPY>((unsigned)ahead_tile < (unsigned)tiles && ahead_c < kept_below[KEPT_STEPS > 2 ? 0 : r],
                                         STATES == STATE && PER <= 4 ? keep_to + slot + r * 32 * KEPT_COPY : place,
                                         ahead_kept + r * 32 * KEPT_COPY);
       }
@@ -776,12 +779,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
     Group* group = shared.groups + (GROUPS == 1 ? here() : 0);  // or all of a single group is kept in registers
     BackwardTurn *own_turn = shared.turns[warp], *next_turn = shared.turns[warp + 1 < WARPS ? warp + 1 : 0];
+    // a group's, of which these are the first's where no registers are left for pointers that run along
+    auto turn_of = [](BackwardTurn* turn, int c) { return PER > 2 ? turn + c : turn; };
 #pragma unroll 1
-    for (int c = 0; c < groups; c++, group++, own_turn++, next_turn++) {
+    for (int c = 0; c < groups; c++, group++, own_turn += PER <= 2, next_turn += PER <= 2) {
       copies_wait<KEEP_Y ? 0 : RING - 3>();
       if (DIM_LAYOUT && BATCH == 2 && groups % 2 != 0) copies_wait<0>();  // batches follow each other so soon
       __syncwarp();
-      if (DIM_LAYOUT && c == pass_c) pass_batches(t0, c);
+      if (DIM_LAYOUT && !LATE && c == pass_c) pass_batches(t0, c);
       fetch_next(last_slot);
       const float* const rows = own_rows + half;
       float* const others = own_elements + (HALF - half);
@@ -808,7 +813,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       Elements next;
       if (LOAD_AHEAD) load_quad(0);
       auto take_turn = [&]() {
-        if (WARPS > 1) own_turn->wait(round);
+        if (WARPS > 1) turn_of(own_turn, c)->wait(round);
       };
       auto finish_last = [&]() { finish(others, near.y, group->last_sums[lane]); };
       auto next_out = [&]() {
@@ -816,7 +821,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         out_count = c < own_groups ? left : 0;
         if (KEEP_Y) fetch_y(out_at, out_count), copies_commit();
       };
-      if (!LATE) take_turn();  // behind loads that need none
+      if (DIM_LAYOUT && LATE && c == pass_c) pass_batches(t0, c), copies_commit();  // behind loads that need none of it
+      if (!LATE) take_turn();  // likewise
 #pragma unroll
       for (int q = 0; q < QUADS; q++) {
         if (!LOAD_AHEAD) load_quad(q);
@@ -906,9 +912,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         for (int k = 0; k < PER; k++) at[k] += dC_fixed[k];
       }
       half = HALF - half;
-      if (WARPS > 1) {
-        next_turn->pass();
-      }
+      if (WARPS > 1) turn_of(next_turn, c)->pass();
     }
 
     // ---- dB and dC of the tile: summed over the warp's channels, then to device memory

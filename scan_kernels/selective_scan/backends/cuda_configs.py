@@ -185,22 +185,43 @@ def _batch(problem: Problem, config: Config) -> int:
     return max(2, (32 if config.lanes < 32 else 16) // (config.per_warp * ITEMSIZE[problem.dtype]))
 
 
-def valid(problem: Problem, device: Any, config: Config) -> bool:
+def unfit(problem: Problem, config: Config) -> str | None:
+    """What is wrong with the configuration, of which no kernel can be made for the problem; or None."""
     per = ceil(problem.state, config.lanes)
+    if config.threads > 1024:
+        return f"expected at most 32 warps, got {config.warps}"
     if problem.direction == "forward":
-        if config.tile % 16 or per > 16 or config.own // own_channels(problem, config) > config.tile:
-            return False
-        if config.relay:
-            shares = config.warps % config.groups == 0 and config.warps >= 2 * config.groups
-            if config.tile != 16 or per > 4 or config.warps > 16 or not shares or config.splits > 1:
-                return False
-        elif ceil(per * config.lanes, 4) * config.tile > 4 * config.threads:
-            return False  # a thread would hold too many of B and C
-    elif not config.relay or config.lanes < 4 or per * config.tile > 32 or config.tile > 16:
+        if config.tile % 16:
+            return f"forward: expected a tile of 16, 32 or 64 steps, got {config.tile}"
+        if config.own // own_channels(problem, config) > config.tile:
+            return f"forward: expected more than {config.lanes} lanes for tiles of {config.tile} steps"
+        if not config.relay:
+            return None
+        if config.tile != 16 or per > 4 or config.splits > 1:
+            return "forward, relay=1: expected tile=16, splits=1 and lanes for at most 4 states each"
+        if config.warps % config.groups or config.warps < 2 * config.groups:
+            return f"forward, relay=1: expected warps a multiple of groups, at least twice, got {config.warps}"
+        return None
+    if not config.relay or config.lanes < 4:
+        return "backward: expected relay=1 and at least 4 lanes"
+    if per * config.tile > 32 or config.tile > 16:
+        return f"backward: expected a tile of 4 to 16 steps, and of at most 32 for all states of a lane, {per} here"
+    if problem.layout == "dim" and config.groups < 2:
+        return "backward, channel-contiguous: expected at least 2 groups, as a batch of them follows another"
+    return None
+
+
+def valid(problem: Problem, device: Any, config: Config) -> bool:
+    """Whether the configuration can run on the device, in registers."""
+    if unfit(problem, config) or shared_bytes(problem, config) > device.shared_memory:
         return False
-    elif problem.layout == "dim" and config.groups < 2:
-        return False  # a batch of them follows another
-    return config.threads <= 1024 and shared_bytes(problem, config) <= device.shared_memory
+    if problem.direction == "backward":
+        return True
+    per = ceil(problem.state, config.lanes)
+    if per > 16 or (config.relay and config.warps > 16):
+        return False
+    # else a thread would hold too many of B and C
+    return config.relay == 1 or ceil(per * config.lanes, 4) * config.tile <= 4 * config.threads
 
 
 # ---- candidates, the first a good default ---------------------------------------------------------------------------

@@ -496,6 +496,8 @@ def backward_kernel(
     ATOMIC_ROWS, or a part for each, ``part_row`` channels further on.
     """
     EXACT: tl.constexpr = delta.dtype.element_ty == tl.float32
+    # what z gates is summed in the sweep back, which has C at hand; but exact decays leave no registers there
+    Y_FIRST: tl.constexpr = EXACT and z is not None
     pid = tl.program_id(0).to(tl.int64)
     block, pid = pid % blocks, pid // blocks
     group, pid = pid % groups, pid // groups
@@ -607,21 +609,19 @@ def backward_kernel(
         h = h0
         for part in tl.static_range(BT // PART):
             B_part = for_all_channels(B_tile, part, PART, BD)
-            if z is not None:
+            if Y_FIRST:
                 C_part = for_all_channels(C_tile, part, PART, BD)
             for i in tl.static_range(part * PART, part * PART + PART):
                 h = next_state(h, at_step(sizes, i), at_step(inputs, i), at_step(B_part, i - part * PART), rate, EXACT)
                 hs = put(hs, i, h)
-                if z is not None:
+                if Y_FIRST:
                     y = put(y, i, sum_states(h * at_step(C_part, i - part * PART), LANES))
+        if Y_FIRST:
+            before_gate = over_lanes(y)
 
         if z is not None:
             open_ = sigmoid(gate)
-            y = over_lanes(y)
-            if D is not None:
-                y += skip[None, :] * v
-            slope = dy * y * open_ * (1.0 + gate * (1.0 - open_))
-            tl.store(lines(dz, t, tau, d, dz_line, TIME_CONTIGUOUS), rounded(slope, dz.dtype.element_ty), mask=td_ok)
+            slope = dy * open_ * (1.0 + gate * (1.0 - open_))
             dy *= gate * open_
         dys = over_states(computed_once(dy), BN)
         tn = tau[:, None] + n.to(tl.int64)[None, :] * length
@@ -642,6 +642,8 @@ def backward_kernel(
             C_part = for_all_channels(C_again, part, PART, BD)
             for i in tl.static_range(part * PART + PART - 1, part * PART - 1, -1):
                 step = at_step(sizes, i)
+                if z is not None and not Y_FIRST:
+                    y = put(y, i, sum_states(at_step(hs, i) * at_step(C_part, i - part * PART), LANES))
                 G = at_step(dys, i) * at_step(C_part, i - part * PART) + x
                 x = decay(step * rate, EXACT) * G
                 if i > 0:
@@ -654,6 +656,14 @@ def backward_kernel(
                 Gs = put(Gs, i, G)
         dA_sum += dA_tile
         GB, AG = over_lanes(GB), over_lanes(AG)
+        if z is not None:
+            if not Y_FIRST:
+                before_gate = over_lanes(y)
+            if D is not None:
+                before_gate += skip[None, :] * v
+            tl.store(
+                lines(dz, t, tau, d, dz_line, TIME_CONTIGUOUS), rounded(slope * before_gate, dz.dtype.element_ty), mask=td_ok
+            )
 
         dx = size * GB
         if D is not None:
