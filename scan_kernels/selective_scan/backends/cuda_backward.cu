@@ -895,7 +895,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
         sums.gb.add(q, gb, lane), sums.ga.add(q, ga, lane);
         if (SUM_Y) sums.y.add(q, y, lane);
-        if (!ROOMY && t4 > 0) __syncwarp();
+        if (!ROOMY && (t4 > 0 || PER > 2)) __syncwarp();
       }
       if (PER > 2) get<128>(carried, group->carried + apart_at(lane, 2 * PER));  // no registers held the sums meanwhile
 #pragma unroll
