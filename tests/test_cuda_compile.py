@@ -142,6 +142,9 @@ CUT = [
     Posed(mamba("many states, dim", state=256, layout="dim", dtype="float16")),
     Posed(mamba("64 states, misaligned dim", state=64, layout="dim"), aligned=False, training=False),
     Posed(mamba("128 states, dim", state=128, layout="dim")),
+    # an odd number of states, which are copied one by one
+    Posed(mamba("127 states, misaligned", state=127), aligned=False),
+    Posed(mamba("127 states, misaligned dim, fp32", state=127, layout="dim", dtype="float32", z=False), aligned=False),
 ]
 # two configurations on one device each
 OTHERS = [

@@ -296,14 +296,16 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
         long = forward_config(problem, lanes, warps, 32, splits)
         return long if most > 1 and valid(problem, device, long) else forward_config(problem, lanes, warps, 16, splits)
 
-    if channels * lanes < 0.8 * wanted and longest > 1:
+    # exact exponentials make the second pass dearer, and many states leave it more of them
+    enough = (0.7 if problem.dtype == "float32" and problem.state > 32 else 0.8) * wanted
+    if channels * lanes < enough and longest > 1:
         # too few channels even so: cut time, at the cost of a second, state-only pass
         lanes = fewest
         config = make(lanes, sizes[0])
         count = problem.rows * block_count(problem, config)
         # parts follow one another where the states that enter them are found
         splits = min(longest, MOST_SPLITS, max(1, 2 * device.units * config.blocks // count))
-        while lanes < most and channels * lanes * splits < 0.8 * wanted:
+        while lanes < most and channels * lanes * splits < enough:
             lanes *= 2
     elif problem.state > 64:
         sizes = tuple(sorted(sizes, key=lambda w: _forward_time(problem, make(lanes, w), device.units)))

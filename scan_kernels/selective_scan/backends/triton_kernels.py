@@ -661,9 +661,8 @@ def backward_kernel(
                 before_gate = over_lanes(y)
             if D is not None:
                 before_gate += skip[None, :] * v
-            tl.store(
-                lines(dz, t, tau, d, dz_line, TIME_CONTIGUOUS), rounded(slope * before_gate, dz.dtype.element_ty), mask=td_ok
-            )
+            slope *= before_gate
+            tl.store(lines(dz, t, tau, d, dz_line, TIME_CONTIGUOUS), rounded(slope, dz.dtype.element_ty), mask=td_ok)
 
         dx = size * GB
         if D is not None:
