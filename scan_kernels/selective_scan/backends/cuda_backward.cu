@@ -307,7 +307,7 @@ struct alignas(16) Warp {
   alignas(16) u32 y[KEEP_Y ? 32 : 1][(STEPS * ITEM + 3) / 4];  // of the lane's steps of the item at hand
 };
 #ifndef TURN_ARRIVALS
-#define TURN_ARRIVALS (DIM_LAYOUT && !LATE ? 32 : 1)   // where channels are contiguous, one is slower but where turns bind
+#define TURN_ARRIVALS (DIM_LAYOUT && !LATE ? 32 : 1)   // where channels are contiguous, one is slower but with few groups
 #endif
 typedef Turn<TURN_ARRIVALS> BackwardTurn;
 struct Shared {

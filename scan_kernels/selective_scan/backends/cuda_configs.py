@@ -186,10 +186,9 @@ def _batch(problem: Problem, config: Config) -> int:
 
 
 def unfit(problem: Problem, config: Config) -> str | None:
-    """What is wrong with the configuration, of which no kernel can be made for the problem; or None."""
+    """What is wrong with the configuration, of which no kernel can be made for the problem: what the kernels assert; or
+    None."""
     per = ceil(problem.state, config.lanes)
-    if config.threads > 1024:
-        return f"expected at most 32 warps, got {config.warps}"
     if problem.direction == "forward":
         if config.tile % 16:
             return f"forward: expected a tile of 16, 32 or 64 steps, got {config.tile}"
