@@ -290,6 +290,8 @@ def _forward_configs(problem: Problem, device: Any) -> list[Config]:
     sizes: tuple[int, ...] = (4, 8, 2) if problem.state <= 32 else (4, 8, 16) if problem.state <= 64 else (8, 16, 4)
     if problem.state > 128:
         sizes = (16, 8, 4)  # of which only 16 warps stage tiles of 32 steps
+    if problem.state > 224 and problem.dtype != "float32":
+        sizes = (16,)  # 8 warps spill where states are kept, and were never the fastest
 
     def make(lanes: int, warps: int, splits: int = 1) -> Config:
         long = forward_config(problem, lanes, warps, 32, splits)
